@@ -1,0 +1,59 @@
+"""Regularization as a compiler pass: declarative rules rewrite a captured FX graph, and the result trains.
+
+>>> import torch, fxreg
+>>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+>>> gm = fxreg.transform(model, [fxreg.Rule(fxreg.l1(1e-4), layer="Linear", param="weight")])
+>>> print(fxreg.explain(gm).plan)
+rule    effect      parameter    shape      size  lowering    notes
+------  ----------  -----------  -------  ------  ----------  -------
+l1      l1(0.0001)  0.weight     8×4          32  penalty
+l1      l1(0.0001)  2.weight     1×8           8  penalty
+"""
+
+from .controls import penalties, set_loss_scale, strengths
+from .effects import Strength, Stream, gradient, penalty
+from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
+from .gradients import add_noise, centralize, clip_norm, clip_value, freeze, mask, scale, zero_nans
+from .optimizing import param_groups
+from .penalties import elastic_net, group_lasso, l1, l2, weight_decay
+from .reporting import diff, explain
+from .rules import Rule
+from .transforming import strip, transform
+from .verifying import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "FxregError",
+    "MatchError",
+    "Rule",
+    "RuleError",
+    "Strength",
+    "Stream",
+    "VerifyError",
+    "add_noise",
+    "centralize",
+    "clip_norm",
+    "clip_value",
+    "diff",
+    "elastic_net",
+    "explain",
+    "freeze",
+    "gradient",
+    "group_lasso",
+    "l1",
+    "l2",
+    "mask",
+    "param_groups",
+    "penalties",
+    "penalty",
+    "scale",
+    "set_loss_scale",
+    "strengths",
+    "strip",
+    "transform",
+    "verify",
+    "weight_decay",
+    "zero_nans",
+]

@@ -1,0 +1,99 @@
+"""The Python functions that emitted graphs call, beside the operators.
+
+They hold what an operator's schema cannot: modules, and outputs of any structure. Each is a node that pickling and
+re-tracing keep as a node (`is_wrapped`), and none of them has a backward of its own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CaptureError, FxregError
+from .operators import attach as _attach_operator
+from .structure import map_tensors, replace_field, tensors
+
+
+def call_model(
+    state: Any,
+    substitutes: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    more_args: tuple[Any, ...] = (),
+    more_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """Call the whole original model: what a graph does when the root itself is opaque."""
+    return call_with(state.model, substitutes, (*args, *more_args), {**kwargs, **(more_kwargs or {})})
+
+
+def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a module with some of its parameters replaced, ties included."""
+    if not substitutes:
+        return module(*args, **kwargs)
+    return torch.func.functional_call(module, substitutes, args, kwargs)
+
+
+def attach(output: Any, penalties: list[Tensor], scale: Tensor) -> Any:
+    """The output, unchanged; the backward pass through any of its tensors also reaches the penalties, once."""
+    if not torch.is_grad_enabled() or not any(penalty.requires_grad for penalty in penalties):
+        return output
+    live: dict[int, Tensor] = {}
+    for tensor in tensors(output):
+        if tensor.requires_grad:
+            live.setdefault(id(tensor), tensor)
+    if not live:
+        raise FxregError(
+            f"emit='backward': the model returned {type(output).__name__} without a differentiable tensor, so the "
+            "penalties' gradient has no way back. Call it under torch.no_grad(), or use emit='output'."
+        )
+    attached = dict(zip(live, _attach_operator(list(live.values()), penalties, scale), strict=True))
+    return map_tensors(lambda tensor: attached.get(id(tensor), tensor), output)
+
+
+def add_to_loss(output: Any, penalty: Tensor, training: bool) -> Any:
+    """The output with the penalty added to its loss, in training mode."""
+    if not training:
+        return output
+    if isinstance(output, Tensor):
+        return _checked_loss(output, "the output") + penalty.to(output.device)
+    field = "loss"
+    found = output.get(field) if isinstance(output, dict) else getattr(output, field, None)
+    loss = _checked_loss(found, f"the {field!r} field of the {type(output).__name__} it returned")
+    return replace_field(output, field, loss + penalty.to(loss.device))
+
+
+def expect_tensor(value: Any, what: str) -> Any:
+    """The value; an error unless it is a tensor, which is what capture took it for."""
+    if not isinstance(value, Tensor):
+        raise CaptureError(
+            f"{what} is a {type(value).__name__}, but the model was captured for a tensor. Capture it with "
+            "example_inputs= of the kind you call it with."
+        )
+    return value
+
+
+def unpack(value: Any, count: int) -> tuple[Any, ...]:
+    """The `count` parts of a value, as Python unpacks it."""
+    parts = tuple(value)
+    if len(parts) != count:
+        raise ValueError(f"expected {count} values to unpack, got {len(parts)}")
+    return parts
+
+
+def expect_default(value: Any, default: Any, name: str) -> None:
+    """An error unless an argument is left at the default that capture fixed."""
+    if value is not default and not (type(value) is type(default) and value == default):
+        raise CaptureError(
+            f"argument {name!r} was fixed at its default {default!r} when the model was captured. To pass it, give "
+            "transform an example of it in example_inputs=."
+        )
+
+
+def _checked_loss(loss: Any, where: str) -> Tensor:
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.ndim == 0 and loss.is_floating_point():
+        return loss
+    got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+    raise FxregError(
+        f"emit='loss': {where} must be a scalar loss, but it is {got}. Give the model what it needs to compute its "
+        "loss, or use emit='backward' or emit='output'."
+    )

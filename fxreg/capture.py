@@ -1,0 +1,196 @@
+"""capture: a module → its graph, as deep as it can be faithful. Mutates nothing."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import calls
+from .errors import CaptureError
+from .module import CHILD, RegularizedModule
+from .tracing import SoundTracer, TracedValue, Untraceable, whole_reason
+
+Examples: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
+
+_STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_PLAIN_TYPES = {"bool", "int", "float", "str", "dict", "Dict", "Mapping", "list", "List", "Sequence", "tuple", "Tuple"}
+_WRITABLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The graph of a forward, and what stayed whole in it.
+
+    Attributes:
+        graph: complete, with its output node; parameters are read where the forward reads them.
+        opaque: for the path of every module called as a whole, why; `""` is the root.
+    """
+
+    graph: fx.Graph
+    opaque: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a forward, and what is known of it.
+
+    Attributes:
+        is_open: whether it stays an argument; otherwise it is fixed at its default.
+        by_position: whether the forward is given it by position.
+        default: its default; `Parameter.empty` where it has none.
+        oddity: why it is not taken for a tensor, if it is not.
+    """
+
+    name: str
+    is_open: bool
+    by_position: bool
+    default: Any
+    oddity: str | None = None
+
+
+def capture(model: nn.Module, example_inputs: Examples | None = None) -> Captured:
+    """Trace the model's forward; the root itself becomes one opaque call if it cannot be traced.
+
+    Raises:
+        CaptureError: a module that was already transformed; examples that do not fit the forward's signature.
+    """
+    if isinstance(model, RegularizedModule):
+        raise CaptureError("this module was already transformed. Transform the original model, with all the rules.")
+    if hasattr(model, CHILD):
+        raise CaptureError(f"the model has an attribute {CHILD!r}, the name of fxreg's own child. Rename it.")
+    arguments = read_arguments(model, example_inputs)
+    odd = (f"argument {a.name!r} {a.oddity}" for a in arguments if a.oddity)
+    reason = whole_reason(model) or next(odd, None)
+    # Comparing the random state around every module is slow: it is done only after the first trace drew from it.
+    for watch_rng in () if reason else (False, True):
+        tracer = SoundTracer(model, root_alias=f"{CHILD}.model")
+        try:
+            graph = _trace(tracer, arguments, watch_rng)
+        except Untraceable as failure:
+            reason = str(failure)
+        else:
+            if not tracer.drew_random:
+                return Captured(graph, tracer.opaque)
+        if not tracer.drew_random:
+            break
+    return Captured(_whole(arguments), {"": reason or "draws from Python's or NumPy's random numbers"})
+
+
+def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[Argument, ...]:
+    """The forward's arguments, in the order of its signature."""
+    signature = inspect.signature(model.forward)
+    given: dict[str, Any] = {}
+    if example_inputs is not None:
+        args, kwargs = split_examples(example_inputs)
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise CaptureError(
+                f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}. Pass a tuple for "
+                "positional or a dict for keyword arguments."
+            ) from None
+    found: list[Argument] = []
+    for name, parameter in signature.parameters.items():
+        star = _STARS.get(parameter.kind)
+        if star and example_inputs is None:
+            if star == "*" or any(argument.name.startswith("*") for argument in found):
+                found.append(Argument(star + name, True, False, inspect.Parameter.empty, "is of any number"))
+        elif star:
+            extra = given.get(name, {})
+            pairs = extra.items() if star == "**" else ((f"{name}_{i}", value) for i, value in enumerate(extra))
+            found += [Argument(n, True, star == "*", inspect.Parameter.empty, _oddity(v)) for n, v in pairs]
+        else:
+            is_open = name in given or parameter.default is inspect.Parameter.empty
+            by_position = parameter.kind is not parameter.KEYWORD_ONLY and all(a.is_open for a in found)
+            oddity = _oddity(given[name]) if name in given else _annotated_oddity(parameter.annotation)
+            found.append(Argument(name, is_open, by_position, parameter.default, oddity if is_open else None))
+    return tuple(found)
+
+
+def split_examples(example_inputs: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Examples as (args, kwargs)."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    raise CaptureError(
+        f"example_inputs must be a tuple (positional) or a dict (keyword), got {type(example_inputs).__name__}. For "
+        "one tensor, pass (tensor,)."
+    )
+
+
+def _oddity(example: Any) -> str | None:
+    return None if isinstance(example, Tensor) else f"is a {type(example).__name__} in the examples"
+
+
+def _annotated_oddity(annotation: Any) -> str | None:
+    """Why an annotation says that an argument is no tensor; unknown annotations are taken for tensors and checked
+    when the module runs."""
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    return f"is annotated {name}" if name.partition("[")[0].rpartition(".")[2] in _PLAIN_TYPES else None
+
+
+def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...], watch_rng: bool) -> fx.Graph:
+    nodes = _add_placeholders(tracer.graph, arguments)
+
+    def run() -> Any:
+        values = {a.name: TracedValue(nodes[a.name], tracer) for a in arguments if a.is_open}
+        args = [values.pop(a.name) for a in arguments if a.is_open and a.by_position]
+        return tracer.create_arg(tracer.root.forward(*args, **values))
+
+    result = tracer.trace_root(run, watch_rng)
+    for argument in arguments:
+        if argument.is_open and (argument.name in _undecided(arguments) or tracer.asked_type(nodes[argument.name])):
+            tracer.expect(nodes[argument.name], f"argument {argument.name!r}")
+    tracer.graph.output(result)
+    return copy.deepcopy(tracer.graph)  # with names as if what was rolled back had never been
+
+
+def _whole(arguments: tuple[Argument, ...]) -> fx.Graph:
+    """The graph of an opaque root: one call of the original model."""
+    graph = fx.Graph()
+    nodes = _add_placeholders(graph, arguments)
+    stars = {name[: name.rindex("*") + 1]: nodes.pop(name) for name in list(nodes) if name.startswith("*")}
+    args = tuple(nodes.pop(a.name) for a in arguments if a.is_open and a.by_position)
+    named = {a.name: nodes[a.name] for a in arguments if a.is_open and a.name in nodes}
+    rest = (stars.get("*", ()), stars.get("**", {}))
+    called = graph.call_function(calls.call_model, (graph.get_attr(CHILD), {}, args, named, *rest))
+    called.meta["is_wrapped"] = True
+    graph.output(called)
+    return graph
+
+
+def _add_placeholders(graph: fx.Graph, arguments: tuple[Argument, ...]) -> dict[str, fx.Node]:
+    """The arguments in the order of the signature, so that they keep their positions; fixed ones are checked."""
+    nodes, optional = {}, False
+    fixed = []
+    for argument in arguments:
+        if not argument.is_open and not isinstance(argument.default, _WRITABLE):
+            continue  # cannot be written as code: the argument is not there at all, and passing it raises
+        if optional or argument.default is not inspect.Parameter.empty:
+            optional = True
+            default = None if argument.default is inspect.Parameter.empty else argument.default
+            node = graph.placeholder(argument.name, default_value=default if isinstance(default, _WRITABLE) else None)
+        else:
+            node = graph.placeholder(argument.name)
+        if argument.is_open:
+            nodes[argument.name] = node
+        else:
+            fixed.append((node, argument.default, argument.name))
+    for check in fixed:
+        graph.call_function(calls.expect_default, check).meta["is_wrapped"] = True
+    return nodes
+
+
+def _undecided(arguments: tuple[Argument, ...]) -> set[str]:
+    """The open arguments that a caller may leave out although capture took them for given."""
+    optional, found = False, set()
+    for argument in arguments:
+        optional = optional or argument.default is not inspect.Parameter.empty
+        if optional and argument.is_open:
+            found.add(argument.name)
+    return found

@@ -1,0 +1,142 @@
+"""What can be read and set while training: strengths, the loss scale, the penalties' values."""
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .effects import Effect, Penalty, checked_strength
+from .errors import FxregError, RuleError
+from .module import State, emitted, state_of, strength_name
+
+
+class Strengths(MutableMapping[str, Tensor]):
+    """`{label: 0-d tensor}`, live: what is written is effective at the next forward call, without recompiling."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def __getitem__(self, label: str) -> Tensor:
+        buffers = self._state.provenance.strengths
+        if label not in buffers:
+            raise FxregError(f"no strength {label!r}; this module has {', '.join(map(repr, buffers)) or 'none'}.")
+        found = self._state.get_buffer(buffers[label])
+        return found
+
+    def __setitem__(self, label: str, value: float | Tensor) -> None:
+        buffer = self[label]
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            # No look at the value: that would wait for the device.
+            if value.ndim:
+                raise RuleError(f"strengths[{label!r}]: a strength is a 0-d tensor, got shape {tuple(value.shape)}.")
+            buffer.copy_(value.detach())
+        else:
+            buffer.fill_(checked_strength(value, f"strengths[{label!r}]"))
+
+    def __delitem__(self, label: str) -> None:
+        raise FxregError(f"strengths[{label!r}] cannot be deleted; set it to 0.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state.provenance.strengths)
+
+    def __len__(self) -> int:
+        return len(self._state.provenance.strengths)
+
+    def __contains__(self, label: object) -> bool:
+        return label in self._state.provenance.strengths
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{label!r}: {float(value):g}' for label, value in self.items())}}}"
+
+
+def strengths(gm: nn.Module) -> Strengths:
+    """The strengths of an emitted module, by label; an effect with two has `label.l1` and `label.l2`.
+
+    Write with `strengths(gm)["l1"] = 1e-3`, or with an in-place method of the tensor. The next forward call uses the
+    new value; nothing is recompiled. Rules that only the optimizer acts on keep their strength in its groups.
+
+    Raises:
+        FxregError: not a module that `fxreg.transform` returned; an unknown label.
+        RuleError: a value that is negative, infinite, NaN or not a number.
+
+    >>> import torch, fxreg
+    >>> gm = fxreg.transform(torch.nn.Linear(4, 2), [fxreg.Rule(fxreg.l1(0.1))])
+    >>> fxreg.strengths(gm)["l1"] = 0.2
+    >>> fxreg.strengths(gm)
+    {'l1': 0.2}
+    """
+    return Strengths(state_of(gm))
+
+
+def set_loss_scale(gm: nn.Module, scale: float | Tensor) -> None:
+    """Tell an emitted module by what factor its caller scales the loss: injected gradients follow it.
+
+    `1 / accumulation_steps`, a GradScaler's scale, or their product. Set it before the forward call. Only
+    `emit="backward"` and `via="gradient"` need it: a penalty in the loss is scaled with the loss.
+
+    Args:
+        scale: a finite positive number or 0-d tensor; a tensor on a device is not looked at, so nothing waits for it.
+
+    Raises:
+        FxregError: a number that is not finite and positive; not a module that `fxreg.transform` returned.
+
+    >>> import torch, fxreg
+    >>> gm = fxreg.transform(torch.nn.Linear(4, 2), [fxreg.Rule(fxreg.l1(0.1))])
+    >>> fxreg.set_loss_scale(gm, 1 / 4)
+    """
+    state = state_of(gm)
+    if isinstance(scale, Tensor) and scale.device.type != "cpu" and scale.ndim == 0:
+        state.loss_scale.copy_(scale.detach())
+    else:
+        try:
+            value = checked_strength(scale, "set_loss_scale")
+        except RuleError:
+            value = 0.0
+        if value == 0:
+            raise FxregError(f"set_loss_scale: the scale is a finite positive number or 0-d tensor, got {scale!r}.")
+        state.loss_scale.fill_(value)
+    state.scale_was_set = True
+
+
+@torch.no_grad()
+def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
+    """Every penalty's value s·R now, by label: summed over its parameters, detached, without the loss scale.
+
+    Args:
+        gm: what `fxreg.transform` returned; no forward call is needed.
+        inputs: only for rules on activations.
+
+    Returns:
+        0-d tensors, for every rule whose effect is a penalty, whatever its `via`.
+
+    >>> import torch, fxreg
+    >>> model = torch.nn.Linear(4, 2)
+    >>> gm = fxreg.transform(model, [fxreg.Rule(fxreg.l1(0.5), label="sparse")])
+    >>> value = fxreg.penalties(gm)["sparse"]
+    >>> torch.allclose(value, 0.5 * sum(p.abs().sum() for p in model.parameters()))
+    True
+    """
+    state = state_of(gm)
+    parameters = dict(emitted(gm).named_parameters())
+    found: dict[str, Tensor] = {}
+    for edit in state.provenance.plan.edits:
+        definition = edit.effect.definition
+        if isinstance(definition, Penalty):
+            weight = parameters[edit.site]
+            live = live_strengths(state, edit.label, edit.effect)
+            value = definition.formula.value(weight, live, edit.effect.arguments)
+            found[edit.label] = found[edit.label] + value.to(found[edit.label].device) if edit.label in found else value
+    return found
+
+
+def live_strengths(state: State, label: str, effect: Effect) -> dict[str, Tensor]:
+    """An effect's strengths as they are now, by their own names; constants where only the optimizer acts."""
+    buffers = state.provenance.strengths
+    found = {}
+    for name, initial in effect.strengths.items():
+        public = strength_name(label, effect, name)
+        found[name] = (
+            state.get_buffer(buffers[public]) if public in buffers else torch.tensor(initial, dtype=torch.float64)
+        )
+    return found

@@ -1,0 +1,200 @@
+"""Gradient transforms: one formula each, of the loss's gradient g and the parameter w.
+
+A transform acts once per parameter and forward call, on the gradient summed over the parameter's uses in that call,
+before any penalty's gradient is added. None of the nonlinear ones commutes with gradient accumulation or with the
+reduction over ranks: clipping four micro-batches' gradients is not clipping their sum. They act on what they see.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .effects import Strength, Stream, gradient
+
+
+@gradient
+def clip_value(grad: Tensor, weight: Tensor, *, limit: Strength) -> Tensor:
+    """Clamp every element, g ← max(-limit, min(g, limit)); NaN stays NaN.
+
+    Args:
+        limit: the largest absolute value, at least 0, in units of the gradient.
+
+    Raises:
+        RuleError: a limit that is negative, infinite or NaN.
+
+    >>> import torch, fxreg
+    >>> fxreg.clip_value.function(torch.tensor([-3.0, 0.5]), torch.zeros(2), limit=torch.tensor(1.0))
+    tensor([-1.0000,  0.5000])
+
+    Source: Mikolov (2012), "Statistical language models based on neural networks", section 3.2.2.
+    """
+    return torch.minimum(torch.maximum(grad, -limit), limit)
+
+
+@gradient
+def clip_norm(grad: Tensor, weight: Tensor, *, max_norm: Strength) -> Tensor:
+    """Shrink the parameter's gradient to a norm, g ← g · min(1, max_norm / (‖g‖₂ + 1e-6)).
+
+    Per parameter, as `torch.nn.utils.clip_grad_norm_` does for a list of one; a zero gradient stays zero.
+
+    Args:
+        max_norm: the largest 2-norm, at least 0, in units of the gradient.
+
+    Raises:
+        RuleError: a norm that is negative, infinite or NaN.
+
+    >>> import torch, fxreg
+    >>> g = fxreg.clip_norm.function(torch.tensor([3.0, 4.0]), torch.zeros(2), max_norm=torch.tensor(1.0))
+    >>> round(float(g.norm()), 5)
+    1.0
+
+    Source: Pascanu, Mikolov and Bengio (2013), "On the difficulty of training recurrent neural networks", alg. 1.
+    """
+    return grad * torch.clamp(max_norm / (torch.linalg.vector_norm(grad) + 1e-6), max=1.0)
+
+
+@gradient
+def scale(grad: Tensor, weight: Tensor, *, factor: Strength) -> Tensor:
+    """Multiply, g ← factor · g: a learning rate of its own for what the rule matches.
+
+    Args:
+        factor: at least 0.
+
+    Raises:
+        RuleError: a factor that is negative, infinite or NaN.
+
+    >>> import torch, fxreg
+    >>> fxreg.scale.function(torch.tensor([2.0]), torch.zeros(1), factor=torch.tensor(0.5))
+    tensor([1.])
+
+    Source: Howard and Ruder (2018), "Universal language model fine-tuning", section 3.2.
+    """
+    return grad * factor
+
+
+@gradient(detach=True)
+def freeze(grad: Tensor, weight: Tensor) -> Tensor:
+    """No gradient at all: the parameter is detached and its `.grad` stays None, so weight decay spares it too.
+
+    Raises:
+        MatchError: a penalty on the same parameter (when the rules are matched).
+
+    >>> import torch, fxreg
+    >>> model = torch.nn.Linear(3, 2)
+    >>> gm = fxreg.transform(model, [fxreg.Rule(fxreg.freeze(), param="weight")])
+    >>> gm(torch.ones(1, 3)).sum().backward()
+    >>> model.weight.grad, model.bias.grad
+    (None, tensor([1., 1.]))
+
+    Source: Yosinski et al. (2014), "How transferable are features in deep neural networks?", section 2.
+    """
+    return torch.zeros_like(grad)
+
+
+@gradient
+def mask(grad: Tensor, weight: Tensor, *, mask: Tensor) -> Tensor:
+    """Keep the gradient where the mask is true, g ← g where mask, else 0 (also where g is NaN).
+
+    Args:
+        mask: a tensor that broadcasts to the parameter's shape: boolean, or numbers of which 0 means false.
+
+    Raises:
+        RuleError: not a tensor, or of a shape that does not broadcast to the parameter's.
+
+    >>> import torch, fxreg
+    >>> fxreg.mask.function(torch.ones(2), torch.zeros(2), mask=torch.tensor([True, False]))
+    tensor([1., 0.])
+
+    Source: Frankle and Carbin (2019), "The lottery ticket hypothesis", section 1.
+    """
+    return torch.where(mask != 0, grad, 0)
+
+
+@gradient
+def centralize(grad: Tensor, weight: Tensor) -> Tensor:
+    """Subtract each output unit's mean, g ← g − mean over dims 1…; vectors and scalars pass unchanged.
+
+    >>> import torch, fxreg
+    >>> fxreg.centralize.function(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
+    tensor([[-1.,  1.]])
+
+    Source: Yong et al. (2020), "Gradient centralization", eq. 1.
+    """
+    if grad.ndim < 2:
+        return grad
+    return grad - grad.mean(dim=tuple(range(1, grad.ndim)), keepdim=True)
+
+
+@gradient
+def zero_nans(grad: Tensor, weight: Tensor) -> Tensor:
+    """Replace NaN by 0 and keep everything else, infinities included.
+
+    With a loss scale other than 1 a gradient that is not finite passes unchanged, so that a GradScaler sees it.
+
+    >>> import torch, fxreg
+    >>> fxreg.zero_nans.function(torch.tensor([float("nan"), float("inf")]), torch.zeros(2))
+    tensor([0., inf])
+
+    Source: DeepMind (2020), Optax, `zero_nans`.
+    """
+    return torch.where(grad.isnan(), 0, grad)
+
+
+@gradient
+def add_noise(
+    grad: Tensor, weight: Tensor, *, eta: Strength, stream: Stream, gamma: float = 0.55, seed: int = 0
+) -> Tensor:
+    """Add Gaussian noise that fades, g ← g + N(0, eta / t^gamma), with t = 1 in the first forward call.
+
+    A pure function of the seed, the parameter's name, the step and the element's index: torch's own generators are
+    neither read nor advanced, and a resumed run (`fxreg.state_dict`) draws what the first would have drawn. A forward
+    call that activation checkpointing repeats counts as a step.
+
+    Args:
+        eta: the variance at t = 1, at least 0, in units of the gradient squared.
+        gamma: how fast the variance fades; 0 keeps it.
+        seed: chooses the noise.
+
+    Raises:
+        RuleError: an eta that is negative, infinite or NaN.
+
+    >>> import fxreg
+    >>> fxreg.add_noise(0.01, seed=7)
+    add_noise(0.01, gamma=0.55, seed=7)
+
+    Source: Neelakantan et al. (2015), "Adding gradient noise improves learning for very deep networks", eq. 1.
+    """
+    key, step = stream.unbind()
+    deviation = (eta / step.to(grad.dtype) ** gamma).sqrt()
+    index = torch.arange(grad.numel(), device=grad.device).reshape(grad.shape)
+    return grad + deviation * _standard_normal(key, step, index).to(grad.dtype)
+
+
+def _standard_normal(key: Tensor, step: Tensor, index: Tensor) -> Tensor:
+    """Box–Muller over two hashed uniforms per element, in float64."""
+    first = _uniform(_mixed(_mixed(key + step * 0x632BE59BD9B4E019) + 2 * index))
+    second = _uniform(_mixed(_mixed(key + step * 0x632BE59BD9B4E019) + 2 * index + 1))
+    return torch.sqrt(-2 * torch.log(first)) * torch.cos(2 * math.pi * second)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """splitmix64's finalizer (Steele, Lea and Flood, 2014) on wrapping int64."""
+    bits = bits + _signed(0x9E3779B97F4A7C15)
+    bits = (bits ^ _shifted(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
+    bits = (bits ^ _shifted(bits, 27)) * _signed(0x94D049BB133111EB)
+    return bits ^ _shifted(bits, 31)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """Logical right shift: torch's is arithmetic."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >= 1 << 63 else constant
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """The top 52 bits as a float64 strictly between 0 and 1."""
+    return (_shifted(bits, 12).to(torch.float64) + 0.5) * 2.0**-52

@@ -1,0 +1,266 @@
+"""lower: (captured graph, plan) → the emitted module. The only stage that writes into a graph."""
+
+import hashlib
+import itertools
+import keyword
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import calls, operators
+from .capture import Captured
+from .effects import Effect, Gradient, Penalty
+from .errors import CaptureError
+from .module import CHILD, Provenance, RegularizedModule, State, strength_name
+from .planning import Emit, LeaveToCompanion, Penalize, Plan, PullBack
+
+
+def lower(model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> RegularizedModule:
+    """Rewrite a copy of the captured graph as the plan says, and wrap it around the model's own state.
+
+    Raises:
+        CaptureError: a gradient transform on a parameter that is also reached past its registered name.
+    """
+    return _Lowering(model, captured, plan, emit).emitted()
+
+
+class _Lowering:
+    """One rewrite: the graph being written, and what has been inserted so far."""
+
+    def __init__(self, model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> None:
+        self.model, self.plan, self.emit = model, plan, emit
+        self.graph = fx.Graph()
+        result = self.graph.graph_copy(captured.graph, {})
+        self.output = self.graph.output(result)
+        self.nodes: dict[str, str] = {}
+        self.strengths: dict[str, str] = {}
+        self.streams: dict[tuple[str, str], str] = {}
+        self.arguments: dict[tuple[str, str], str] = {}
+        self.reads: dict[str, fx.Node] = {}
+        provenance = Provenance(plan, emit, captured.opaque, False, self.nodes, self.strengths, self.streams)
+        self.state = State(model, captured.graph, provenance)
+        for edit in plan.edits:
+            if not isinstance(edit, LeaveToCompanion):
+                self._register(edit.label, edit.effect)
+
+    def emitted(self) -> RegularizedModule:
+        self._pull_gradients()
+        self._add_penalties()
+        self.graph.lint()
+        return RegularizedModule(self.model, self.state, self.graph)
+
+    # State.
+
+    def _register(self, label: str, effect: Effect) -> None:
+        """Give an effect's strengths and tensor arguments their buffers."""
+        device = self._device()
+        for name, value in effect.strengths.items():
+            public = strength_name(label, effect, name)
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            if public not in self.strengths:
+                self.strengths[public] = self._buffer(public, torch.tensor(value, dtype=dtype, device=device))
+        for name, value in effect.arguments.items():
+            if isinstance(value, Tensor) and (label, name) not in self.arguments:
+                self.arguments[label, name] = self._buffer(f"{label}.{name}", value.to(device))
+
+    def _buffer(self, name: str, value: Tensor) -> str:
+        """Register a buffer under the name, or the nearest one that is free and an identifier."""
+        plain = re.sub(r"\W", "_", name)
+        plain = plain if plain.isidentifier() and not keyword.iskeyword(plain) else f"rule_{plain}"
+        free = (plain if count == 1 else f"{plain}_{count}" for count in itertools.count(1))
+        buffer = next(candidate for candidate in free if not hasattr(self.state, candidate))
+        self.state.register_buffer(buffer, value, persistent=False)
+        return buffer
+
+    def _device(self) -> torch.device:
+        """Where the model is; 0-d tensors on the CPU go with any device, also with meta."""
+        devices = {p.device for p in self.model.parameters() if p.device.type != "meta"}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+    # Nodes.
+
+    def _insert(self, label: str, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None, name: str = ""):  # type: ignore[no-untyped-def]
+        node = self.graph.create_node(op, target, args, kwargs or {}, name=re.sub(r"\W", "_", name) or None)
+        node.meta["fxreg"] = label
+        if getattr(target, "__module__", None) == calls.__name__:
+            node.meta["is_wrapped"] = True
+        self.nodes[node.name] = label
+        return node
+
+    def _read(self, label: str, buffer: str) -> fx.Node:
+        """One read of a buffer of fxreg's, right behind the arguments, for all its uses."""
+        if buffer not in self.reads:
+            first = next(node for node in self.graph.nodes if node.op != "placeholder")
+            with self.graph.inserting_before(first):
+                self.reads[buffer] = self._insert(label, "get_attr", f"{CHILD}.{buffer}", name=buffer)
+        return self.reads[buffer]
+
+    def _tensors(self, label: str, effect: Effect) -> list[fx.Node]:
+        """Reads of an effect's strengths, in the order of its operator."""
+        return [self._read(label, self.strengths[strength_name(label, effect, n)]) for n in effect.strengths]
+
+    def _named(self, label: str, effect: Effect) -> dict[str, Any]:
+        return {
+            name: self._read(label, self.arguments[label, name]) if isinstance(value, Tensor) else value
+            for name, value in effect.arguments.items()
+        }
+
+    # Gradients.
+
+    def _pull_gradients(self) -> None:
+        pulls = self.plan.pulls()
+        if not pulls:
+            return
+        names = _parameter_names(self.model)
+        _refuse_hidden_uses(self.model, pulls, names)
+        uses = [node for node in self.graph.nodes if node.op in ("get_attr", "call_module") or _calls_model(node)]
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            pulled = {site: self._pulled(site, edits) for site, edits in pulls.items()}
+        by_name = {name: pulled[site] for name, site in names.items() if site in pulled}
+        for node in uses:
+            self._substitute(node, by_name)
+
+    def _pulled(self, site: str, edits: tuple[PullBack, ...]) -> fx.Node:
+        """The parameter as its uses are to see it. The gradient meets the last node first."""
+        node = self._insert(edits[0].label, "get_attr", site)
+        for edit in reversed(edits):
+            definition = edit.effect.definition
+            scale = self._read("", "loss_scale")
+            tensors = self._tensors(edit.label, edit.effect)
+            if isinstance(definition, Penalty):
+                target: Any = definition.gradient_operator
+                suffix = "gradient"
+            else:
+                assert isinstance(definition, Gradient)
+                target, suffix = definition.operator, ""
+                if definition.has_stream:
+                    key = _stream_key(edit)
+                    stream = torch.tensor([key, 0], dtype=torch.int64, device=self._device())
+                    buffer = self.streams[edit.label, site] = self._buffer(f"{edit.label}.{site}.stream", stream)
+                    tensors = self._in_schema_order(definition, tensors, self._read(edit.label, buffer))
+            name = "_".join(filter(None, (site, edit.label, suffix)))
+            kwargs = self._named(edit.label, edit.effect)
+            node = self._insert(edit.label, "call_function", target, (node, scale, *tensors), kwargs, name)
+        return node
+
+    @staticmethod
+    def _in_schema_order(definition: Gradient[Any], strengths: list[fx.Node], stream: fx.Node) -> list[fx.Node]:
+        rest = iter(strengths)
+        live = [a for a in definition.parameters if a.schema in ("strength", "stream")]
+        return [stream if argument.schema == "stream" else next(rest) for argument in live]
+
+    def _substitute(self, node: fx.Node, pulled: Mapping[str, fx.Node]) -> None:
+        """Make one use of parameters use the pulled ones."""
+        if node.op == "get_attr":
+            if node.target in pulled:
+                node.replace_all_uses_with(pulled[node.target])
+                self.graph.erase_node(node)
+            return
+        if node.op == "call_module":
+            inside = f"{node.target}."
+            chosen = {name.removeprefix(inside): p for name, p in pulled.items() if name.startswith(inside)}
+            if not chosen:
+                return
+            with self.graph.inserting_before(node):
+                module = self.graph.get_attr(node.target)
+                args = (module, chosen, node.args, dict(node.kwargs))
+                called = self.graph.create_node("call_function", calls.call_with, args, name=f"{node.name}_with")
+            called.meta.update(node.meta, is_wrapped=True)
+            node.replace_all_uses_with(called)
+            self.graph.erase_node(node)
+        else:
+            node.update_arg(1, dict(pulled))
+
+    # Penalties.
+
+    def _add_penalties(self) -> None:
+        with self.graph.inserting_before(self.output):
+            terms = [self._penalty(edit) for edit in self.plan.penalties]
+            result = self.output.args[0]
+            match self.emit:
+                case "backward" if terms:
+                    scale = self._read("", "loss_scale")
+                    result = self._insert("", "call_function", calls.attach, (result, terms, scale))
+                case "output":
+                    result = (result, self._total(terms))
+                case "loss" if terms:
+                    training = self._insert("", "get_attr", CHILD)
+                    training = self._insert("", "call_function", getattr, (training, "training"))
+                    result = self._insert(
+                        "", "call_function", calls.add_to_loss, (result, self._total(terms), training)
+                    )
+        self.output.args = (result,)
+
+    def _penalty(self, edit: Penalize) -> fx.Node:
+        definition = edit.effect.definition
+        assert isinstance(definition, Penalty)
+        weight = self._insert(edit.label, "get_attr", edit.site)
+        kwargs = self._named(edit.label, edit.effect)
+        if self.emit == "backward":
+            kwargs["value"] = False
+        return self._insert(
+            edit.label,
+            "call_function",
+            definition.operator,
+            (weight, *self._tensors(edit.label, edit.effect)),
+            kwargs,
+            f"{edit.site}_{edit.label}",
+        )
+
+    def _total(self, terms: list[fx.Node]) -> fx.Node:
+        if terms:
+            return self._insert("", "call_function", operators.total, (terms,), name="penalty")
+        zero = self._buffer("no_penalty", torch.tensor(0.0, dtype=torch.float32, device=self._device()))
+        return self._read("", zero)
+
+
+def _calls_model(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is calls.call_model
+
+
+def _parameter_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every parameter, and the site it belongs to."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _stream_key(edit: PullBack) -> int:
+    words = f"{edit.effect.arguments.get('seed', 0)}\n{edit.site}".encode()
+    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
+
+
+def _refuse_hidden_uses(model: nn.Module, pulls: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """A parameter kept in a plain attribute as well would be used untransformed from there."""
+    sites = {id(model.get_parameter(name)): site for name, site in names.items() if site in pulls}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            continue  # refreshes its flat list when a parameter was replaced
+        for attribute, value in vars(module).items():
+            if attribute in ("_parameters", "_modules", "_buffers"):
+                continue
+            for held in _parameters_within(value):
+                if id(held) in sites:
+                    site = sites[id(held)]
+                    raise CaptureError(
+                        f"rule {pulls[site][0].label!r} transforms the gradient of {site!r}, but "
+                        f"{type(module).__name__} at {path!r} also keeps that parameter in its attribute "
+                        f"{attribute!r}, where it would be used untransformed. Use an nn.ParameterList or "
+                        "nn.ParameterDict, or via='penalty'."
+                    )
+
+
+def _parameters_within(value: Any, depth: int = 3) -> list[nn.Parameter]:
+    if isinstance(value, nn.Parameter):
+        return [value]
+    if depth and isinstance(value, list | tuple | set):
+        return [p for one in value for p in _parameters_within(one, depth - 1)]
+    if depth and isinstance(value, dict):
+        return [p for one in value.values() for p in _parameters_within(one, depth - 1)]
+    return []

@@ -1,0 +1,243 @@
+"""match: (module, rules) → the sites each rule acts on. Reads the module, changes nothing, captures nothing."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .effects import Effect
+from .errors import MatchError, RuleError
+from .rules import Layer, Rule, matches
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One way to a parameter: the module that directly owns it, that module's path, and the key there."""
+
+    path: str
+    key: str
+    layer: nn.Module = field(repr=False, compare=False)
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.path}.{self.key}" if self.path else self.key
+
+
+@dataclass(frozen=True)
+class Site:
+    """One parameter, by identity, however many names it has.
+
+    Attributes:
+        name: its first name in `named_parameters()`.
+        layer: the module that owns it under that name.
+        param: its key in that module.
+        shape, dtype, numel: of the parameter.
+        aliases: its other names.
+    """
+
+    name: str
+    layer: nn.Module = field(repr=False, compare=False)
+    param: str
+    shape: torch.Size
+    dtype: torch.dtype
+    numel: int
+    aliases: tuple[str, ...]
+    trainable: bool
+    owners: tuple[Owner, ...] = field(repr=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A rule under its label, and every site it acts on, in the order of `named_parameters()`."""
+
+    label: str
+    rule: Rule
+    sites: tuple[Site, ...]
+
+
+def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
+    """Resolve every rule on the module.
+
+    Raises:
+        RuleError: a class name found neither in `torch.nn` nor in the model; a `where` that fails.
+        MatchError: a rule that matches nothing, a duplicate, two rules of one label, a penalty on a frozen site.
+    """
+    sites = tuple(find_sites(model))
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    labels = _labels(rules)
+    found = []
+    for label, rule in zip(labels, rules, strict=True):
+        for layer in rule.layer or ():
+            if isinstance(layer, str) and not _known(layer, classes):
+                near = difflib.get_close_matches(layer, sorted({c.__name__ for c in classes}), n=3)
+                raise RuleError(
+                    f"rule {label!r}: layer={layer!r} names a class that is neither in torch.nn nor in the model"
+                    f"{_nearest(near)}. Mend layer=."
+                )
+        chosen = tuple(site for site in sites if _selects(rule, label, site))
+        if not chosen and not rule.optional:
+            raise MatchError(_matched_nothing(label, rule, model, sites))
+        for site in chosen:
+            _check_takes(label, rule.effect, site)
+        found.append(Match(label, rule, chosen))
+    _check_conflicts(found)
+    return tuple(found)
+
+
+def find_sites(model: nn.Module) -> Iterator[Site]:
+    """Every parameter of the module once, in the order of `named_parameters()`."""
+    owners: dict[int, list[Owner]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                parameters[id(parameter)] = parameter
+                owners.setdefault(id(parameter), []).append(_owner(model, path, module, key))
+    for identity, parameter in parameters.items():
+        first, *others = owners[identity]
+        lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+        if lazy:
+            raise MatchError(
+                f"parameter {first.full_name!r} of a lazy {type(first.layer).__name__} has no shape yet. Run one "
+                "forward pass of the model before fxreg reads it."
+            )
+        yield Site(
+            name=first.full_name,
+            layer=first.layer,
+            param=first.key,
+            shape=parameter.shape,
+            dtype=parameter.dtype,
+            numel=parameter.numel(),
+            aliases=tuple(dict.fromkeys(o.full_name for o in others if o.full_name != first.full_name)),
+            trainable=parameter.requires_grad,
+            owners=(first, *others),
+        )
+
+
+def _owner(model: nn.Module, path: str, module: nn.Module, key: str) -> Owner:
+    """A parametrization's leaves count as the parametrized layer's own."""
+    if isinstance(module, ParametrizationList):
+        parent = path.rpartition("parametrizations.")[0].removesuffix(".")
+        return Owner(parent, f"{path.removeprefix(parent).removeprefix('.')}.{key}", model.get_submodule(parent))
+    return Owner(path, key, module)
+
+
+def _selects(rule: Rule, label: str, site: Site) -> bool:
+    if not any(
+        (rule.layer is None or any(_is_instance(owner.layer, layer) for layer in rule.layer))
+        and (rule.name is None or matches(rule.name, owner.path))
+        and any(matches(rule.param, key) for key in {owner.key, owner.key.rpartition(".")[2]})
+        for owner in site.owners
+    ):
+        return False
+    if any(matches(pattern, name) for pattern in rule.exclude for name in site.names):
+        return False
+    if rule.where is None:
+        return True
+    try:
+        return bool(rule.where(site))
+    except Exception as error:
+        raise RuleError(f"rule {label!r}: where= failed at {site.name!r}: {type(error).__name__}: {error}") from error
+
+
+def _is_instance(module: nn.Module, layer: Layer) -> bool:
+    if isinstance(layer, type):
+        return isinstance(module, layer)
+    return any(_is_named(base, layer) for base in type(module).__mro__)
+
+
+def _is_named(cls: type, name: str) -> bool:
+    """Whether `name` is a dotted suffix of the class's qualified name; `nn.` means `torch.nn.`."""
+    if cls is _torch_class(name):
+        return True
+    qualified = f"{cls.__module__}.{cls.__qualname__}"
+    return f".{qualified}".endswith(f".{name}")
+
+
+def _torch_class(name: str) -> object:
+    found: object = nn
+    for part in name.removeprefix("torch.").removeprefix("nn.").split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+def _known(name: str, classes: Iterable[type]) -> bool:
+    return _torch_class(name) is not None or any(_is_named(cls, name) for cls in classes)
+
+
+def _labels(rules: tuple[Rule, ...]) -> tuple[str, ...]:
+    given = [rule.label for rule in rules if rule.label is not None]
+    for label in given:
+        if given.count(label) > 1:
+            raise MatchError(f"label {label!r} is given to {given.count(label)} rules; labels must be unique.")
+    taken, labels = set(given), []
+    for rule in rules:
+        label, count = rule.label or rule.effect.name, 1
+        while rule.label is None and label in taken:
+            count += 1
+            label = f"{rule.effect.name}_{count}"
+        taken.add(label)
+        labels.append(label)
+    return tuple(labels)
+
+
+def _check_takes(label: str, effect: Effect, site: Site) -> None:
+    if not site.dtype.is_floating_point:
+        what = "complex" if site.dtype.is_complex else "not a floating-point tensor"
+        raise MatchError(
+            f"rule {label!r}: {effect.name} cannot act on {site.name!r}: it is {what} ({site.dtype}). "
+            f"Leave it out with exclude={site.name!r}."
+        )
+    if problem := effect.definition.misfit(effect, site.shape, site.dtype):
+        raise RuleError(
+            f"rule {label!r}: {effect!r} does not fit {site.name!r} of shape {tuple(site.shape)}: {problem}. "
+            "Mend the effect's arguments, or narrow the rule."
+        )
+
+
+def _check_conflicts(found: list[Match]) -> None:
+    seen: dict[str, list[Match]] = {}
+    for later in found:
+        for site in later.sites:
+            for earlier in seen.setdefault(site.name, []):
+                _check_pair(earlier, later, site)
+            seen[site.name].append(later)
+
+
+def _check_pair(earlier: Match, later: Match, site: Site) -> None:
+    first, second = earlier.rule.effect, later.rule.effect
+    if first.same_but_strength(second):
+        raise MatchError(
+            f"rules {earlier.label!r} and {later.label!r} are duplicates: both put {first.name} on {site.name!r}. "
+            "Drop one, or keep them apart with exclude=."
+        )
+    kinds = {bool(getattr(e.definition, "detach", False)): e for e in (first, second)}
+    if len(kinds) == 2 and kinds[False].definition.default_via != "gradient":
+        raise MatchError(
+            f"rules {earlier.label!r} and {later.label!r} contradict each other: {site.name!r} is frozen by one and "
+            f"under {kinds[False].name} in the other. Keep them apart with exclude=."
+        )
+
+
+def _matched_nothing(label: str, rule: Rule, model: nn.Module, sites: tuple[Site, ...]) -> str:
+    given = repr(rule).removeprefix("Rule(").removesuffix(")").split(", ", 1)
+    conditions = f" ({given[1]})" if len(given) > 1 else ""
+    wanted = str(rule.name or rule.param or "")
+    candidates = [path for path, _ in model.named_modules() if path] if rule.name else [s.name for s in sites]
+    near = difflib.get_close_matches(wanted.strip("*"), candidates, n=3, cutoff=0) if candidates else []
+    what = "modules" if rule.name else "parameters"
+    return (
+        f"rule {label!r}{conditions} matched no parameter{_nearest(near, what)}. "
+        "Mend layer=, name=, param=, exclude= or where=, or pass optional=True."
+    )
+
+
+def _nearest(names: list[str], what: str = "names") -> str:
+    return f"; nearest {what}: {', '.join(map(repr, names))}" if names else ""

@@ -1,0 +1,237 @@
+"""The emitted module: a GraphModule whose parameters, buffers, children and mode are the original model's own."""
+
+import copy
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import _get_qualified_name, map_aggregate  # private: the names fx itself writes into code
+
+from .effects import Effect
+from .errors import FxregError
+from .planning import Emit, Plan
+
+CHILD = "fxreg"
+"""The name of the one child that fxreg adds to the emitted module."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an emitted module comes from.
+
+    Attributes:
+        plan: the edits.
+        emit: where the total penalty goes.
+        opaque: for the path of every module called as a whole, why.
+        verified: whether it was compared with the model when it was emitted.
+        nodes: for every inserted node's name, the label of its rule ("" for what serves several).
+        strengths: for every name in `fxreg.strengths`, its buffer.
+        streams: for every (label, parameter) with a random stream, its buffer.
+    """
+
+    plan: Plan
+    emit: Emit
+    opaque: Mapping[str, str]
+    verified: bool
+    nodes: Mapping[str, str]
+    strengths: Mapping[str, str]
+    streams: Mapping[tuple[str, str], str]
+
+
+class State(nn.Module):
+    """The child `fxreg`: strengths, loss scale and streams as buffers that only ever move between devices.
+
+    It keeps the original model, outside `_modules`, so that its parameters are not counted twice.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, provenance: Provenance) -> None:
+        super().__init__()
+        vars(self)["model"] = model
+        self.captured = graph
+        self.provenance = provenance
+        self.scale_was_set = False
+        self.bound: set[str] = set()
+        self.register_buffer("loss_scale", torch.tensor(1.0, dtype=torch.float64, device="cpu"), persistent=False)
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return bool(vars(self)["model"].training) if "model" in vars(self) else True
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "model" in vars(self):
+            vars(self)["model"].training = mode
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "State":
+        # Whatever fn does to dtypes and values is for the model's state; only where it puts tensors matters here.
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                device = fn(torch.empty(0, dtype=torch.float32, device=buffer.device)).device
+                if device.type != "meta":
+                    self._buffers[name] = buffer.to(device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        state["captured"] = _written(self.captured)
+        model = type(self.model)
+        if not _importable(model) and "" not in self.provenance.opaque:
+            # The graph does not need the model itself: only its mode, in a stand-in that pickles.
+            stand_in = nn.Module()
+            vars(stand_in).update({k: vars(self.model)[k] for k in ("_parameters", "_buffers", "_modules", "training")})
+            state["model"] = stand_in
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.captured = _read(state["captured"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "State":
+        result = State.__new__(State)
+        memo[id(self)] = result
+        vars(result).update({k: copy.deepcopy(v, memo) for k, v in vars(self).items() if k != "captured"})
+        vars(result)["captured"] = copy.deepcopy(self.captured)
+        return result
+
+
+class RegularizedModule(fx.GraphModule):
+    """What `fxreg.transform` returns. Its state is the original model's own: not copies, the same registries."""
+
+    def __init__(self, model: nn.Module, state: State, graph: fx.Graph) -> None:
+        super().__init__(nn.Module(), fx.Graph(), class_name=type(model).__name__)
+        vars(self)["_parameters"] = model._parameters
+        vars(self)["_buffers"] = model._buffers
+        vars(self)["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
+        vars(self)["_modules"] = {**model._modules, CHILD: state}
+        self.graph = graph
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        modules = vars(self).get("_modules", {})
+        return modules[CHILD].training if CHILD in modules else True
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        modules = vars(self).get("_modules", {})
+        if CHILD in modules:
+            modules[CHILD].training = mode
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {k: v for k, v in vars(self).items() if k not in ("_graph", "_code")}
+        return (_restored, (), {"attributes": state, "graph": _written(self.graph), "name": type(self).__name__})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state["attributes"])
+        type(self).__name__ = state["name"]
+        self.graph = _read(state["graph"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RegularizedModule":
+        result = _restored()
+        memo[id(self)] = result
+        attributes = {k: copy.deepcopy(v, memo) for k, v in vars(self).items() if k != "_graph"}
+        vars(result).update(attributes)
+        type(result).__name__ = type(self).__name__
+        result.graph = copy.deepcopy(self.graph)
+        return result
+
+
+def emitted(gm: nn.Module) -> RegularizedModule:
+    """The emitted module itself, also from inside what `torch.compile` returned.
+
+    Raises:
+        FxregError: the module was not emitted by `fxreg.transform`, or was re-traced since.
+    """
+    found = getattr(gm, "_orig_mod", gm)
+    if not isinstance(found, RegularizedModule):
+        raise FxregError(f"expected a module that fxreg.transform returned, got {type(gm).__name__}.")
+    return found
+
+
+def state_of(gm: nn.Module) -> State:
+    """The fxreg child of an emitted module."""
+    state = emitted(gm)._modules[CHILD]
+    assert isinstance(state, State)
+    return state
+
+
+def strength_name(label: str, effect: Effect, own: str) -> str:
+    """What `fxreg.strengths` calls an effect's strength."""
+    return label if len(effect.strengths) == 1 else f"{label}.{own}"
+
+
+def mark_verified(state: State) -> None:
+    state.provenance = replace(state.provenance, verified=True)
+
+
+def _restored() -> RegularizedModule:
+    return RegularizedModule.__new__(RegularizedModule)
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """A node's name, where a pickled graph refers to it."""
+
+    name: str
+
+
+def _written(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as plain data: functions by their qualified names."""
+
+    def refer(value: Any) -> Any:
+        return map_aggregate(value, lambda v: _Ref(v.name) if isinstance(v, fx.Node) else v)
+
+    return [
+        (
+            node.op,
+            node.name,
+            _get_qualified_name(node.target) if callable(node.target) else node.target,
+            refer(node.args),
+            refer(node.kwargs),
+            {key: node.meta[key] for key in ("is_wrapped", "fxreg") if key in node.meta},
+        )
+        for node in graph.nodes
+    ]
+
+
+def _read(rows: list[tuple[Any, ...]]) -> fx.Graph:
+    graph, nodes = fx.Graph(), {}
+    for op, name, target, args, kwargs, meta in rows:
+        found = _looked_up(target) if op == "call_function" else target
+        args, kwargs = map_aggregate((args, kwargs), lambda v: nodes[v.name] if isinstance(v, _Ref) else v)
+        nodes[name] = graph.create_node(op, found, args, kwargs, name=name)
+        nodes[name].meta.update(meta)
+    return graph
+
+
+def _looked_up(name: str) -> Any:
+    """The function of a qualified name, wherever its module ends and its attributes begin."""
+    parts = name.split(".")
+    found: Any = None
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        break
+    else:
+        found, end = sys.modules["builtins"], 0
+    try:
+        for part in parts[end:]:
+            found = getattr(found, part)
+    except AttributeError as error:
+        raise FxregError(
+            f"unpickling an emitted module: {name} is not there ({error}). Import the module that defines the effect "
+            "or function, unchanged, before loading."
+        ) from None
+    return found
+
+
+def _importable(cls: type) -> bool:
+    found: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is cls

@@ -1,0 +1,189 @@
+"""The `torch.library` operators that emitted graphs are made of.
+
+A Python function as a node target is inlined by re-tracing, and an `autograd.Function` inside it silently loses its
+backward. So every node with an effect on gradients is an operator of the `fxreg` namespace. All of them are
+CompositeImplicitAutograd: eager mode, AOTAutograd and functorch run the Python body, Dynamo and `torch.export` keep the
+call as one node.
+
+The overload of an effect's operator is a fingerprint of its formula (`torch.ops.fxreg.l1.x1f0c33aa`). torch.compile's
+on-disk caches key an operator by its name alone: without the fingerprint, editing a formula would silently train with
+the old one.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active  # private: no public way to ask
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._functorch.utils import enable_single_level_autograd_function
+
+NAMESPACE = "fxreg"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_implementations: dict[str, Callable[..., Any]] = {}
+
+Formula = Callable[[Tensor, Tensor, tuple[Tensor, ...], dict[str, Any]], Tensor]
+"""What a backward pass computes: (incoming gradient, weight, live tensors, arguments) to the outgoing gradient."""
+
+
+def define(name: str, overload: str, schema: str, implementation: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Register `fxreg::name.overload`; under a known overload, only replace the implementation."""
+    qualified = f"{name}.{overload}" if overload else name
+    known = qualified in _implementations
+    _implementations[qualified] = implementation
+    if not known:
+        _library.define(qualified + schema)
+        _library.impl(
+            qualified,
+            lambda *args, **kwargs: _implementations[qualified](*args, **kwargs),
+            "CompositeImplicitAutograd",
+        )
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload or "default")
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    # A composite kernel already runs inside one functorch level: dispatching the Function through functorch again
+    # would apply it at the wrong one.
+    if _are_functorch_transforms_active():
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, function).apply(*args)
+    return function.apply(*args)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a tensor of `dtype` is penalized: 16-bit ones accumulate in float32."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast is off for a device."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+class _Attach(torch.autograd.Function):
+    """Identity on the outputs; the backward pass sends `scale` to every penalty, whichever output it comes from."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, scale: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # detach, not view_as: a caller may write into what it got.
+        return tuple(output.detach() for output in tensors[count:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        count, scale, *tensors = inputs
+        ctx.save_for_backward(scale)
+        ctx.dtypes = [penalty.dtype for penalty in tensors[:count]]
+        ctx.devices = [penalty.device for penalty in tensors[:count]]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        seeds = (
+            scale.to(device=device, dtype=dtype) for device, dtype in zip(ctx.devices, ctx.dtypes, strict=True)
+        )
+        return (None, None, *seeds, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, count: None, scale: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(t if t is None else t.view_as(t) for t in tangents[len(ctx.dtypes) :])
+
+
+class _Deferred(torch.autograd.Function):
+    """A penalty whose value nobody asked for: costs nothing forward, adds its closed-form gradient backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:
+        return weight.new_zeros((), dtype=accumulation_dtype(weight.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.formula, ctx.arguments, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *tensors = ctx.saved_tensors
+        wide = weight.detach().to(accumulation_dtype(weight.dtype))
+        gradient = ctx.formula(seed, wide, tuple(tensors), ctx.arguments).to(weight.dtype)
+        return (None, None, gradient, *(None for _ in tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, gradient: None, arguments: None, weight: Tensor | None, *tensors: Tensor | None) -> None:
+        return None
+
+
+class _Pulled(torch.autograd.Function):
+    """Identity on a parameter; its gradient passes through `pull` on the way back, computed at least in float32."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(pull: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:
+        return weight.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.formula, ctx.arguments, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, *tensors = ctx.saved_tensors
+        if grad is not None:
+            wide = accumulation_dtype(weight.dtype)
+            pulled = ctx.formula(grad.to(wide), weight.detach().to(wide), tuple(tensors), ctx.arguments)
+            grad = pulled.to(weight.dtype)
+        return (None, None, grad, *(None for _ in tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, pull: None, arguments: None, weight: Tensor | None, *tensors: Tensor | None) -> Tensor | None:
+        return weight if weight is None else weight.view_as(weight)
+
+
+def deferred(gradient: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:
+    """A zero whose backward adds `gradient(seed, weight, tensors, arguments)` to the weight's gradient."""
+    result: Tensor = _apply(_Deferred, gradient, arguments, weight, *map(_now, tensors))
+    return result
+
+
+def pulled(pull: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:
+    """The weight itself; its gradient will be `pull(gradient, weight, tensors, arguments)`."""
+    result: Tensor = _apply(_Pulled, pull, arguments, weight, *map(_now, tensors))
+    return result
+
+
+def _now(tensor: Tensor) -> Tensor:
+    """A copy: the caller may change a strength in place before it calls backward."""
+    return tensor.detach().clone()
+
+
+def advance(stream: Tensor) -> None:
+    """Count one more forward call in a random stream `[key, step]`, outside any functorch transform."""
+    if torch.is_grad_enabled():
+        with torch.no_grad(), temporarily_clear_interpreter_stack():
+            stream.select(0, 1).add_(1)
+
+
+def _attach(outputs: Sequence[Tensor], penalties: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+    return list(_apply(_Attach, len(penalties), scale.detach().clone(), *penalties, *outputs))
+
+
+def _total(penalties: Sequence[Tensor]) -> Tensor:
+    total = penalties[0]
+    for penalty in penalties[1:]:
+        total = total + penalty.to(total.device)
+    return total
+
+
+attach = define("attach", "", "(Tensor[] outputs, Tensor[] penalties, Tensor scale) -> Tensor[]", _attach)
+total = define("total", "", "(Tensor[] penalties) -> Tensor", _total)

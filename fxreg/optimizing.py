@@ -1,0 +1,102 @@
+"""Parameter groups for the rules that an optimizer carries out."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .effects import OptimizerOption, Penalty
+from .errors import RuleError
+from .matching import match
+from .module import state_of
+from .planning import LeaveToCompanion, plan
+from .rules import Rule, checked_rules
+
+_COUPLED = (
+    torch.optim.SGD, torch.optim.ASGD, torch.optim.Adam, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop,
+)  # fmt: skip
+"""The classes whose `weight_decay=d` adds d·w to the gradient before anything else. AdamW is a subclass of Adam, so
+these are compared by identity."""
+
+
+def param_groups(
+    model: nn.Module,
+    rules: Rule | Iterable[Rule],
+    optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+) -> list[dict[str, Any]]:
+    """Parameter groups that make an optimizer carry out the `via="optimizer"` rules.
+
+    l2 of strength s becomes the coupled `weight_decay=2s`; `weight_decay(d)` becomes `weight_decay=d`, whatever the
+    optimizer makes of it. Every trainable parameter appears once, tied ones too; all others have `weight_decay=0.0`.
+
+    Args:
+        model: the model, or what `fxreg.transform` made of it.
+        rules: the rules given to `fxreg.transform`; those with another `via` are left to it.
+        optimizer: the class the groups are for.
+
+    Returns:
+        Groups for the optimizer's first argument.
+
+    Raises:
+        RuleError: the class has no `weight_decay`, or one that is not coupled although an l2 rule needs it to be.
+        MatchError: as `fxreg.transform`.
+
+    >>> import torch, fxreg
+    >>> model = torch.nn.Linear(4, 2)
+    >>> rules = [fxreg.Rule(fxreg.l2(0.1), param="weight", via="optimizer")]
+    >>> groups = fxreg.param_groups(model, rules, torch.optim.SGD)
+    >>> [(group["weight_decay"], len(group["params"])) for group in groups]
+    [(0.2, 1), (0.0, 1)]
+    >>> optimizer = torch.optim.SGD(groups, lr=0.1)
+    """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+        raise RuleError(f"param_groups: optimizer must be an optimizer class such as torch.optim.SGD, got {optimizer!r}.")
+    edits = plan(match(model, checked_rules(rules))).companions("optimizer")
+    options = inspect.signature(optimizer).parameters
+    decay: dict[str, float] = {}
+    pinned: dict[str, bool] = {}
+    for edit in edits:
+        decay[edit.site] = decay.get(edit.site, 0.0) + _decay(edit, optimizer, options)
+        if isinstance(edit.effect.definition, Penalty) and "decoupled_weight_decay" in options:
+            pinned[edit.site] = False
+    groups: dict[tuple[float, bool | None], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (decay.get(name, 0.0), pinned.get(name))
+            extra = {} if key[1] is None else {"decoupled_weight_decay": key[1]}
+            groups.setdefault(key, {"params": [], "weight_decay": key[0], **extra})["params"].append(parameter)
+    if "weight_decay" not in options:
+        for group in groups.values():
+            del group["weight_decay"]
+    _mark_bound(model, edits)
+    return sorted(groups.values(), key=lambda group: -group.get("weight_decay", 0.0))
+
+
+def _decay(edit: LeaveToCompanion, optimizer: type, options: Any) -> float:
+    definition = edit.effect.definition
+    if "weight_decay" not in options:
+        raise RuleError(
+            f"rule {edit.label!r}: {optimizer.__name__} has no weight_decay to carry out {edit.effect!r} with. Use "
+            "another optimizer, or via='penalty'."
+        )
+    (strength,) = edit.effect.strengths.values()
+    if isinstance(definition, OptimizerOption):
+        return strength
+    assert isinstance(definition, Penalty) and definition.weight_decay is not None
+    if optimizer not in _COUPLED:
+        raise RuleError(
+            f"rule {edit.label!r}: {edit.effect!r} is exact only where weight_decay is added to the gradient, and "
+            f"{optimizer.__name__} is not known to do that. Use one of {', '.join(c.__name__ for c in _COUPLED)}; or "
+            "via='penalty'; or fxreg.weight_decay(d) if the optimizer's own decay is what you want."
+        )
+    return definition.weight_decay * strength
+
+
+_bound: "dict[int, set[str]]" = {}
+
+
+def _mark_bound(model: nn.Module, edits: Iterable[LeaveToCompanion]) -> None:
+    pass

@@ -1,0 +1,124 @@
+"""plan: matches → the edits to make, as frozen data that names parameters and holds no `fx.Node`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, assert_never
+
+import torch
+from tabulate import tabulate
+
+from .effects import Effect, Via
+from .matching import Match
+
+Emit: TypeAlias = Literal["backward", "output", "loss"]
+
+
+@dataclass(frozen=True)
+class _AtSite:
+    """What every edit knows: the rule's label and effect, and the parameter it acts on."""
+
+    label: str
+    effect: Effect
+    site: str
+    shape: torch.Size
+    dtype: torch.dtype
+    aliases: tuple[str, ...]
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Penalize(_AtSite):
+    """Add s·R(w) to the objective: a penalty node."""
+
+
+@dataclass(frozen=True)
+class PullBack(_AtSite):
+    """Change the gradient on its way to the parameter: a node between the parameter and its uses."""
+
+
+@dataclass(frozen=True)
+class LeaveToCompanion(_AtSite):
+    """Nothing in the graph: `fxreg.param_groups` or `fxreg.ProximalStep` acts."""
+
+    via: Literal["optimizer", "proximal"]
+
+
+Edit: TypeAlias = Penalize | PullBack | LeaveToCompanion
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every edit, in rule order and, within a rule, in the order of `named_parameters()`. `str()` is the table."""
+
+    edits: tuple[Edit, ...]
+
+    @property
+    def penalties(self) -> tuple[Penalize, ...]:
+        return tuple(edit for edit in self.edits if isinstance(edit, Penalize))
+
+    @property
+    def effects(self) -> dict[str, Effect]:
+        """The effect of every label that acts anywhere."""
+        return {edit.label: edit.effect for edit in self.edits}
+
+    def pulls(self) -> dict[str, tuple[PullBack, ...]]:
+        """For every parameter with a transformed gradient, the pullbacks in the order in which the gradient meets
+        them: transforms in rule order, then the gradients of penalties."""
+        found: dict[str, list[PullBack]] = {}
+        for edit in self.edits:
+            if isinstance(edit, PullBack):
+                found.setdefault(edit.site, []).append(edit)
+        return {
+            site: tuple(sorted(pulls, key=lambda pull: pull.effect.definition.default_via == "penalty"))
+            for site, pulls in found.items()
+        }
+
+    def companions(self, via: Via) -> tuple[LeaveToCompanion, ...]:
+        return tuple(e for e in self.edits if isinstance(e, LeaveToCompanion) and e.via == via)
+
+    def __str__(self) -> str:
+        if not self.edits:
+            return "no rules act on this model"
+        header = ("rule", "effect", "parameter", "shape", "size", "lowering", "notes")
+        return tabulate([_row(edit) for edit in self.edits], header, disable_numparse=True)
+
+
+def plan(matches: tuple[Match, ...]) -> Plan:
+    """What the matched rules do, edit by edit."""
+    return Plan(tuple(_edits(matches)))
+
+
+def _edits(matches: tuple[Match, ...]) -> Iterator[Edit]:
+    for match in matches:
+        for site in match.sites:
+            at = (match.label, match.rule.effect, site.name, site.shape, site.dtype, site.aliases, site.trainable)
+            match match.rule.lowering:
+                case "penalty":
+                    yield Penalize(*at)
+                case "gradient":
+                    yield PullBack(*at)
+                case "optimizer" | "proximal" as via:
+                    yield LeaveToCompanion(*at, via)
+                case unknown:
+                    assert_never(unknown)
+
+
+def _row(edit: Edit) -> tuple[str, ...]:
+    notes = [f"also {', '.join(edit.aliases)}"] if edit.aliases else []
+    match edit:
+        case Penalize():
+            lowering = "penalty"
+            notes += [] if edit.trainable else ["frozen: counts in the value, gets no gradient"]
+        case PullBack():
+            lowering = "gradient"
+            if edit.effect.definition.default_via == "penalty":
+                notes.append("only where the backward pass reaches it")
+            notes += [] if edit.trainable else ["frozen: has no gradient to act on"]
+        case LeaveToCompanion():
+            lowering = edit.via
+            notes += [] if edit.trainable else ["frozen: left out"]
+        case unknown:
+            assert_never(unknown)
+    size = f"{edit.shape.numel():,}"
+    shape = "×".join(map(str, edit.shape)) or "scalar"
+    return (edit.label, repr(edit.effect), edit.site, shape, size, lowering, "; ".join(notes))

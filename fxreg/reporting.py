@@ -1,0 +1,103 @@
+"""What people read: the plan before, the provenance after, and the difference in code."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import overload
+
+from torch import nn
+
+from .errors import RuleError
+from .matching import match
+from .module import RegularizedModule, State, emitted, state_of
+from .planning import Plan, plan
+from .rules import Rule, checked_rules
+from .transforming import strip
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was emitted. `str()` is the table and what goes with it.
+
+    Attributes:
+        plan: the edits that were made.
+        emit: where the total penalty goes.
+        opaque: for the path of every module called as a whole, why; `""` is the root.
+        verified: whether the result was compared with the model.
+        unbound: the labels of rules whose companion call (`fxreg.param_groups`) has not come yet.
+    """
+
+    plan: Plan
+    emit: str
+    opaque: dict[str, str]
+    verified: bool
+    unbound: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [str(self.plan), "", f"emit: {self.emit}"]
+        lines += [f"unbound: {label}: call fxreg.param_groups and build the optimizer on it" for label in self.unbound]
+        lines += [f"opaque: {path or 'the model itself'}: {reason}" for path, reason in self.opaque.items()]
+        lines.append("verified against the model" if self.verified else "not verified: no example_inputs were given")
+        return "\n".join(lines)
+
+
+@overload
+def explain(model: nn.Module) -> Report: ...
+@overload
+def explain(model: nn.Module, rules: Rule | Iterable[Rule]) -> Plan: ...
+def explain(model: nn.Module, rules: Rule | Iterable[Rule] | None = None) -> Plan | Report:
+    """Say what rules would do to a model, or what was done to an emitted module. Captures and changes nothing.
+
+    Args:
+        model: with rules, any model; without, what `fxreg.transform` returned.
+        rules: the rules to try.
+
+    Returns:
+        With rules the `Plan`: every site, its rule, size, strength and lowering. Without, the `Report`: the plan that
+        was carried out, what stayed opaque and why, whether it was verified, and which rules still wait for their
+        optimizer. Both print as tables.
+
+    Raises:
+        RuleError, MatchError: as `fxreg.transform`.
+        FxregError: no rules, and not a module that `fxreg.transform` returned.
+
+    >>> import torch, fxreg
+    >>> print(fxreg.explain(torch.nn.Linear(4, 2), [fxreg.Rule(fxreg.l1(0.1), param="weight")]))
+    rule    effect    parameter    shape      size  lowering    notes
+    ------  --------  -----------  -------  ------  ----------  -------
+    l1      l1(0.1)   weight       2×4           8  penalty
+    """
+    if rules is not None:
+        if isinstance(model, RegularizedModule):
+            raise RuleError("explain(gm) takes no rules: they are in the module. For a dry run, pass the model.")
+        return plan(match(model, checked_rules(rules)))
+    state = state_of(model)
+    provenance = state.provenance
+    return Report(provenance.plan, provenance.emit, dict(provenance.opaque), provenance.verified, unbound(state))
+
+
+def unbound(state: State) -> tuple[str, ...]:
+    """The labels of the rules that wait for their companion call."""
+    waiting = [*state.provenance.plan.companions("optimizer"), *state.provenance.plan.companions("proximal")]
+    return tuple(dict.fromkeys(edit.label for edit in waiting if edit.label not in state.bound))
+
+
+def diff(gm: nn.Module) -> str:
+    """The emitted code against the unregularized code, each inserted line with the label of its rule.
+
+    Raises:
+        FxregError: not a module that `fxreg.transform` returned.
+
+    >>> import torch, fxreg
+    >>> gm = fxreg.transform(torch.nn.Linear(4, 2), [fxreg.Rule(fxreg.l1(0.1), param="weight")])
+    >>> print(fxreg.diff(gm).splitlines()[0])
+    --- unregularized
+    """
+    provenance = state_of(gm).provenance
+    before = str(strip(gm).code).strip().splitlines()
+    after = str(emitted(gm).code).strip().splitlines()
+    lines = []
+    for line in difflib.unified_diff(before, after, "unregularized", "regularized", lineterm="", n=2):
+        label = provenance.nodes.get(line[1:].partition("=")[0].strip()) if line.startswith("+ ") else None
+        lines.append(f"{line}  # rule {label!r}" if label else line)
+    return "\n".join(lines)

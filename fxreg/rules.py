@@ -1,0 +1,201 @@
+"""What a rule says: an effect, what it selects, and how it is lowered. Checked when it is constructed."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from torch import nn
+
+from .effects import Definition, Effect, Via
+from .errors import RuleError
+
+if TYPE_CHECKING:
+    from .matching import Site
+
+Pattern: TypeAlias = str | re.Pattern[str]
+Layer: TypeAlias = type[nn.Module] | str
+
+_REGEX = "re:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Keys:
+    """The fields of a rule that select sites; all given ones must hold."""
+
+    layer: Layer | tuple[Layer, ...] | None = None
+    op: Callable[..., Any] | str | None = None
+    name: Pattern | None = None
+    param: Pattern = "*"
+    exclude: Pattern | tuple[Pattern, ...] = ()
+    where: "Callable[[Site], object] | None" = None
+    on: Literal["param", "output", "input"] = "param"
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Acts:
+    """The fields of a rule that say what happens at its sites."""
+
+    via: Via | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Rule(_Acts, _Keys):
+    """One effect on everything it selects.
+
+    Args:
+        effect: what to do: `fxreg.l1(1e-4)`, `fxreg.clip_norm(1.0)`, ….
+        layer: a module class, a class name (`"Linear"`, `"nn.Linear"`), or a tuple of them: the module that directly
+            owns the parameter is an instance, subclasses included.
+        op: reserved for rules on activations.
+        name: the owner's dotted path: a glob in which `*` crosses dots, a compiled pattern (full match), or `"re:…"`.
+        param: the parameter's key inside its owner, likewise. The default selects every parameter, biases included.
+        exclude: patterns on the parameter's full dotted name; what any of them matches is left out.
+        where: a last predicate on the `Site`.
+        on: `"param"`; rules on `"output"` and `"input"` are not there yet.
+        via: the lowering; by default the effect's first one.
+        label: the rule's name in reports, strengths and graph nodes; by default the effect's name, made unique.
+        optional: whether matching nothing is fine.
+
+    Raises:
+        RuleError: an argument of the wrong kind, a pattern that does not compile, a `via` the effect does not have.
+
+    >>> import fxreg
+    >>> fxreg.Rule(fxreg.l1(1e-4), layer="Conv2d", param="weight", label="sparse")
+    Rule(l1(0.0001), layer='Conv2d', param='weight', label='sparse')
+    """
+
+    effect: Effect
+
+    def __init__(
+        self,
+        effect: Effect,
+        *,
+        layer: Layer | Iterable[Layer] | None = None,
+        op: Callable[..., Any] | str | None = None,
+        name: Pattern | None = None,
+        param: Pattern = "*",
+        exclude: Pattern | Iterable[Pattern] = (),
+        where: "Callable[[Site], object] | None" = None,
+        on: Literal["param", "output", "input"] = "param",
+        via: Via | None = None,
+        label: str | None = None,
+        optional: bool = False,
+    ) -> None:
+        who = f"rule {label!r}" if label is not None else "rule"
+        if isinstance(effect, Definition):
+            raise RuleError(f"{who}: effect={effect!r} lacks its strength; call it: fxreg.{effect.name}(…).")
+        if not isinstance(effect, Effect):
+            raise RuleError(f"{who}: effect must be an effect such as fxreg.l1(1e-4), got {effect!r}.")
+        who = f"rule {label or effect.name!r}"
+        if label is not None and (not isinstance(label, str) or not label):
+            raise RuleError(f"{who}: label must be a non-empty string, got {label!r}.")
+        if not isinstance(optional, bool):
+            raise RuleError(f"{who}: optional must be True or False, got {optional!r}.")
+        if where is not None and not callable(where):
+            raise RuleError(f"{who}: where must be a function of a Site, got {where!r}.")
+        if on not in ("param", "output", "input"):
+            raise RuleError(f"{who}: on must be 'param', 'output' or 'input', got {on!r}.")
+        if on != "param" or op is not None:
+            raise RuleError(f"{who}: rules on activations (op=, on='output', on='input') are not there yet.")
+        if via is not None and via not in effect.definition.vias:
+            has = ", ".join(map(repr, effect.definition.vias))
+            raise RuleError(f"{who}: {effect.name} has no via={via!r}; it has {has}.")
+        fields: dict[str, Any] = {
+            "effect": effect,
+            "layer": _checked_layers(layer, who),
+            "op": op,
+            "name": None if name is None else _checked_pattern(name, "name", who),
+            "param": _checked_pattern(param, "param", who),
+            "exclude": tuple(_checked_pattern(p, "exclude", who) for p in _several(exclude, "exclude", who)),
+            "where": where,
+            "on": on,
+            "optional": optional,
+            "via": via,
+            "label": label,
+        }
+        for field, value in fields.items():
+            object.__setattr__(self, field, value)
+
+    @property
+    def lowering(self) -> Via:
+        """How the rule acts: its own `via`, or the effect's first."""
+        return self.via or self.effect.definition.default_via
+
+    def __repr__(self) -> str:
+        shown = [repr(self.effect)]
+        for base in (_Keys, _Acts):
+            for field, spec in base.__dataclass_fields__.items():
+                value = getattr(self, field)
+                if value != spec.default and value is not None:
+                    shown.append(f"{field}={_shown(value)}")
+        return f"Rule({', '.join(shown)})"
+
+
+def checked_rules(rules: "Rule | Iterable[Rule]") -> tuple[Rule, ...]:
+    """The rules as a tuple; a bare rule is a list of one."""
+    if isinstance(rules, Rule):
+        return (rules,)
+    if isinstance(rules, str | bytes) or not isinstance(rules, Iterable):
+        raise RuleError(f"rules must be a sequence of fxreg.Rule, got {rules!r}.")
+    result = tuple(rules)
+    for position, rule in enumerate(result):
+        if not isinstance(rule, Rule):
+            raise RuleError(f"rules[{position}] must be a fxreg.Rule, got {rule!r}.")
+    return result
+
+
+def matches(pattern: Pattern, name: str) -> bool:
+    """Whether the whole name matches: a glob in which `*` crosses dots, a compiled pattern, or `"re:…"`."""
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
+    if pattern.startswith(_REGEX):
+        return re.fullmatch(pattern.removeprefix(_REGEX), name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    if isinstance(value, re.Pattern):
+        return f"re.compile({value.pattern!r})"
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _several(value: object, field: str, who: str) -> Sequence[Any]:
+    if isinstance(value, str | re.Pattern | type):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise RuleError(f"{who}: {field} must be one pattern or several, got {value!r}.")
+    return tuple(value)
+
+
+def _checked_layers(layer: object, who: str) -> tuple[Layer, ...] | None:
+    if layer is None:
+        return None
+    layers = _several(layer, "layer", who)
+    for one in layers:
+        named = isinstance(one, str) and all(part.isidentifier() for part in one.split("."))
+        if not named and not (isinstance(one, type) and issubclass(one, nn.Module)):
+            raise RuleError(f"{who}: layer must be nn.Module classes or class names, got {one!r}.")
+    if not layers:
+        raise RuleError(f"{who}: layer is empty; leave it out to match every layer.")
+    return tuple(layers)
+
+
+def _checked_pattern(pattern: object, field: str, who: str) -> Pattern:
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+        return pattern
+    if not isinstance(pattern, str):
+        raise RuleError(f"{who}: {field} must be a glob or a compiled pattern of str, got {pattern!r}.")
+    if pattern.startswith(_REGEX):
+        try:
+            re.compile(pattern.removeprefix(_REGEX))
+        except re.error as error:
+            raise RuleError(f"{who}: {field}={pattern!r} does not compile: {error}.") from None
+    return pattern

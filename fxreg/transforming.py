@@ -1,0 +1,88 @@
+"""The way in: match, plan, capture, lower, verify, in that order; and the way back."""
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from .capture import Captured, Examples, capture, split_examples
+from .errors import CaptureError, FxregError
+from .lowering import lower
+from .matching import match
+from .module import RegularizedModule, mark_verified, state_of
+from .planning import Emit, Plan, plan
+from .rules import Rule, checked_rules
+from .verifying import verify
+
+
+def transform(
+    model: nn.Module,
+    rules: Rule | Iterable[Rule],
+    *,
+    example_inputs: Examples | None = None,
+    emit: Emit = "backward",
+) -> torch.fx.GraphModule:
+    """Capture a model, rewrite its graph as the rules say, and return the module to train.
+
+    The returned module *shares* parameters, buffers, submodules and mode with the model, which stays the thing to
+    evaluate, checkpoint and ship. Training it trains loss + Σ s_k·R_k.
+
+    Args:
+        model: any `nn.Module`. It is not changed.
+        rules: the rules; every one that matches acts, in this order.
+        example_inputs: a tuple (positional) or a dict (keyword) of inputs. With it the result is verified against
+            the model in train and in eval mode before it is returned. With or without, an argument that has a default
+            and is not among the examples is fixed at its default, and passing another value later raises.
+        emit: where the total penalty goes. `"backward"`: the output is the model's, and the backward pass adds the
+            penalty's gradient. `"output"`: the output becomes `(output, penalty)`. `"loss"`: the penalty is added to
+            the loss that the model returns (a scalar, or the field `loss`), in training mode only.
+
+    Raises:
+        RuleError: a malformed rule.
+        MatchError: a rule that matches nothing, a duplicate, a contradiction.
+        CaptureError: a model that cannot be captured, or a transform that cannot be shown to hold.
+        VerifyError: with `example_inputs`, a result that differs from the model and the rules.
+
+    >>> import torch, fxreg
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    >>> gm = fxreg.transform(model, [fxreg.Rule(fxreg.l2(1e-2), layer="Linear", param="weight")])
+    >>> x = torch.randn(2, 4)
+    >>> torch.equal(gm(x), model(x))
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model must be an nn.Module, got {type(model).__name__}.")
+    if emit not in get_args(Emit):
+        raise FxregError(f"emit must be one of {', '.join(map(repr, get_args(Emit)))}, got {emit!r}.")
+    if example_inputs is not None:
+        split_examples(example_inputs)
+    planned = plan(match(model, checked_rules(rules)))
+    captured = capture(model, example_inputs)
+    gm = lower(model, captured, planned, emit)
+    if example_inputs is not None:
+        verify(gm, model, example_inputs)
+        mark_verified(state_of(gm))
+    return gm
+
+
+def strip(gm: nn.Module) -> torch.fx.GraphModule:
+    """The same graph without anything fxreg inserted: a new module that shares the state.
+
+    Its code is that of `transform(model, [])`.
+
+    Raises:
+        FxregError: not a module that `fxreg.transform` returned.
+
+    >>> import torch, fxreg
+    >>> model = torch.nn.Linear(4, 2)
+    >>> gm = fxreg.transform(model, [fxreg.Rule(fxreg.l1(0.1))])
+    >>> fxreg.strip(gm).code == fxreg.transform(model, []).code
+    True
+    """
+    state = state_of(gm)
+    captured = Captured(state.captured, state.provenance.opaque)
+    return lower(state.model, captured, Plan(()), "backward")
+
+
+__all__: list[Any] = ["strip", "transform"]

@@ -1,0 +1,331 @@
+"""verify: (emitted module, model, examples) → nothing, or a VerifyError.
+
+It re-derives everything the hard way: outputs and buffers from the original model, gradients from autograd of the
+original model plus the rules' formulas. None of the emitted operators is used on the reference side.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Examples, split_examples
+from .controls import live_strengths
+from .effects import Effect, Gradient, Penalty
+from .errors import VerifyError
+from .module import State, emitted, state_of
+from .planning import PullBack
+from .structure import map_tensors, tensors
+from .tracing import rng_state, set_rng_state
+
+_GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_COARSE_TOLERANCE = 5e-2  # 16-bit: a few units in the last place of a sum
+
+
+@torch.enable_grad()
+def verify(gm: nn.Module, model: nn.Module, example_inputs: Examples) -> None:
+    """Compare an emitted module with the model and the rules it came from.
+
+    In train and in eval mode: outputs bitwise; every buffer after the call; the gradient of every parameter for all
+    outputs together, and the rules' part of it alone through each single output. RNG, buffers, attributes, modes and
+    `.grad` are left as they were found.
+
+    Args:
+        gm: what `fxreg.transform` returned.
+        model: the model it was made from.
+        example_inputs: a tuple (positional) or a dict (keyword).
+
+    Raises:
+        VerifyError: the first difference, with its place and size.
+
+    >>> import torch, fxreg
+    >>> model = torch.nn.Linear(4, 2)
+    >>> gm = fxreg.transform(model, [fxreg.Rule(fxreg.l1(0.1))])
+    >>> fxreg.verify(gm, model, (torch.randn(3, 4),))
+    """
+    args, kwargs = split_examples(example_inputs)
+    state = state_of(gm)
+    inner = emitted(gm)
+    if [n for n, _ in inner.named_parameters()] != [n for n, _ in model.named_parameters()]:
+        raise VerifyError("the emitted module's parameters are not the model's, by name and order.")
+    for (name, ours), theirs in zip(inner.named_parameters(), model.parameters(), strict=True):
+        if ours is not theirs:
+            raise VerifyError(f"parameter {name!r} of the emitted module is not the model's own tensor.")
+    for training in (True, False):
+        mode = "in train mode" if training else "in eval mode"
+        with _borrowed(model, gm, training) as reset:
+            output = _call(model, args, kwargs)
+            live = [k for k, tensor in enumerate(tensors(output)) if tensor.requires_grad]
+            for trial in _trials(live):
+                reset()
+                theirs = _observe(model, state, trial, args, kwargs)
+                reset()
+                ours = _observe(gm, state, trial, args, kwargs)
+                _compare(state, theirs, ours, trial, f"{mode}, {trial.name}")
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a backward pass looks at: some outputs, with a weight."""
+
+    outputs: tuple[int, ...]
+    weight: float
+    name: str
+
+
+def _trials(live: Sequence[int]) -> Iterator[_Trial]:
+    """All outputs at once; then each alone with weight 0, which leaves what the rules add, to its own precision."""
+    yield _Trial(tuple(live), 1.0, "all outputs")
+    for k in live[:8]:
+        yield _Trial((k,), 0.0, f"output {k} alone with weight 0")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One forward and backward pass.
+
+    Attributes:
+        output: detached.
+        penalty: the second half of what emit='output' returns.
+        buffers: after the forward pass.
+        gradients: of every trainable parameter.
+    """
+
+    output: Any
+    penalty: Tensor | None
+    buffers: Mapping[str, Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    args, kwargs = map_tensors(_fresh, (args, kwargs))
+    return module(*args, **kwargs)
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: Any) -> _Run:
+    """One pass of the model or of the emitted module."""
+    output = _call(module, args, kwargs)
+    buffers = {name: buffer.detach().clone() for name, buffer in state.model.named_buffers()}
+    parameters = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+    penalty = None
+    if module is not state.model and state.provenance.emit == "output":
+        if not isinstance(output, tuple) or len(output) != 2 or not isinstance(output[1], Tensor):
+            raise VerifyError(f"emit='output' must return (output, penalty), got {type(output).__name__}.")
+        output, penalty = output
+    found = list(tensors(output))
+    lost = [k for k in trial.outputs if k >= len(found) or not found[k].requires_grad]
+    if lost:
+        raise VerifyError(f"{trial.name}: output {lost[0]} lost its gradient.")
+    terms = [_probe(found, trial)] if trial.outputs else []
+    if penalty is not None and penalty.requires_grad:
+        terms.append(penalty)
+    gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
+    if terms and parameters:
+        objective = torch.stack([term.to(terms[0]) for term in terms]).sum()
+        gradients = _gradients(objective, parameters, compiled=hasattr(module, "_orig_mod"))
+    return _Run(map_tensors(Tensor.detach, output), penalty, buffers, gradients)
+
+
+def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) -> None:
+    emit, reference = state.provenance.emit, _objective(state)
+    if type(theirs.output) is not type(ours.output) and not isinstance(theirs.output, Tensor):
+        raise VerifyError(
+            f"{where}: the model returns a {type(theirs.output).__name__}, the emitted module a "
+            f"{type(ours.output).__name__}."
+        )
+    expected, actual = list(tensors(theirs.output)), list(tensors(ours.output))
+    if len(expected) != len(actual):
+        raise VerifyError(f"{where}: the model returns {len(expected)} tensors, the emitted module {len(actual)}.")
+    weight = {"backward": float(state.loss_scale), "output": 1.0, "loss": 0.0}[emit]
+    for k, (one, other) in enumerate(zip(expected, actual, strict=True)):
+        is_loss = emit == "loss" and state.model.training and one is _loss_of(theirs.output)
+        if is_loss and reference is not None:
+            weight = trial.weight * math.cos(1 + k) if k in trial.outputs else 0.0
+            _compare_tensors(one + reference, other, f"{where}: the loss", exact=False)
+        else:
+            _compare_tensors(one, other, f"{where}: output {k}", exact=True)
+    if ours.penalty is not None:
+        wanted = torch.zeros_like(ours.penalty) if reference is None else reference
+        _compare_tensors(wanted, ours.penalty, f"{where}: the penalty", exact=False)
+    for name, buffer in theirs.buffers.items():
+        _compare_tensors(buffer, ours.buffers[name], f"{where}: buffer {name!r} after the call", exact=True)
+    for name, gradient in _with_rules(state, theirs.gradients, weight, bool(trial.outputs)).items():
+        _compare_gradient(gradient, ours.gradients[name], f"{where}: gradient of {name!r}")
+
+
+def _probe(outputs: Sequence[Tensor], trial: _Trial) -> Tensor:
+    """A linear scalar function that looks at every element of the chosen outputs, differently."""
+    terms = []
+    for k in trial.outputs:
+        flat = outputs[k].reshape(-1)
+        flat = flat.real + flat.imag if flat.is_complex() else flat
+        index = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device)
+        terms.append((flat * (trial.weight * torch.cos(index + k)).to(flat.dtype)).sum())
+    return torch.stack([term.to(terms[0]) for term in terms]).sum()
+
+
+def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], compiled: bool) -> dict[str, Tensor | None]:
+    try:
+        found = torch.autograd.grad(
+            loss, list(parameters.values()), retain_graph=not compiled, allow_unused=True
+        )
+        return dict(zip(parameters, found, strict=True))
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):
+            raise
+    held = {name: parameter.grad for name, parameter in parameters.items()}  # reentrant: refuses autograd.grad
+    try:
+        for parameter in parameters.values():
+            parameter.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {name: parameter.grad for name, parameter in parameters.items()}
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = held[name]
+
+
+def _with_rules(
+    state: State, gradients: Mapping[str, Tensor | None], weight: float, reached: bool
+) -> dict[str, Tensor | None]:
+    """The loss's gradients after the rules: transforms, then `weight` times every penalty node's gradient."""
+    plan, emit = state.provenance.plan, state.provenance.emit
+    parameters = dict(state.model.named_parameters())
+    result = dict(gradients)
+    for site, pulls in plan.pulls().items():
+        for pull in pulls if site in result else ():
+            result[site] = _pulled(state, pull, result[site], parameters[site])
+    arrives = emit == "output" or reached
+    for edit in plan.penalties if arrives else ():
+        if edit.site in result and (emit != "loss" or state.model.training):
+            added = weight * _penalty_gradient(state, edit.label, edit.effect, parameters[edit.site])
+            before = result[edit.site]
+            result[edit.site] = added if before is None else before + added
+    return result
+
+
+def _pulled(state: State, pull: PullBack, grad: Tensor | None, weight: Tensor) -> Tensor | None:
+    definition, scale = pull.effect.definition, state.loss_scale
+    if grad is None:
+        return None
+    if isinstance(definition, Penalty):
+        added = _penalty_gradient(state, pull.label, pull.effect, weight)
+        return grad + added * scale.to(added)
+    assert isinstance(definition, Gradient)
+    if definition.detach:
+        return None
+    live = live_strengths(state, pull.label, pull.effect)
+    if definition.has_stream:
+        live["stream"] = state.get_buffer(state.provenance.streams[pull.label, pull.site])
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    pulled = definition.formula.transform(
+        grad.to(wide), weight.detach().to(wide), scale, live, pull.effect.arguments
+    )
+    return pulled.to(grad.dtype)
+
+
+def _penalty_gradient(state: State, label: str, effect: Effect, weight: Tensor) -> Tensor:
+    leaf = weight.detach().requires_grad_()
+    (found,) = torch.autograd.grad(_value(state, label, effect, leaf), leaf, allow_unused=True)
+    return torch.zeros_like(weight) if found is None else found
+
+
+def _value(state: State, label: str, effect: Effect, weight: Tensor) -> Tensor:
+    assert isinstance(effect.definition, Penalty)
+    return effect.definition.formula.value(weight, live_strengths(state, label, effect), effect.arguments)
+
+
+def _objective(state: State) -> Tensor | None:
+    """Σ s·R over every penalty node's parameter, by the formulas."""
+    parameters = dict(state.model.named_parameters())
+    terms = [_value(state, e.label, e.effect, parameters[e.site].detach()) for e in state.provenance.plan.penalties]
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
+
+
+def _loss_of(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    return output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+
+
+def _compare_tensors(expected: Tensor, actual: Tensor, what: str, exact: bool) -> None:
+    if expected.shape != actual.shape or (exact and expected.dtype != actual.dtype):
+        raise VerifyError(
+            f"{what}: expected {expected.dtype} {tuple(expected.shape)}, got {actual.dtype} {tuple(actual.shape)}."
+        )
+    exact = exact and expected.device.type == "cpu"
+    tolerance = 0.0 if exact else _tolerance(expected.dtype)
+    close = torch.isclose(
+        actual.detach().to(expected), expected.detach(), rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True
+    )
+    if not bool(close.all()):
+        worst = (actual.detach().to(expected) - expected.detach()).abs().max()
+        raise VerifyError(f"{what} differs from the model's by up to {float(worst):.3g}.")
+
+
+def _compare_gradient(expected: Tensor | None, actual: Tensor | None, what: str) -> None:
+    if expected is None or actual is None:
+        if (expected is None) != (actual is None):
+            raise VerifyError(f"{what}: expected {_kind(expected)}, got {_kind(actual)}.")
+        return
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    difference = float(torch.linalg.vector_norm((actual.to(wide) - expected.to(wide)).nan_to_num()))
+    norm = float(torch.linalg.vector_norm(expected.to(wide).nan_to_num()))
+    if not torch.equal(expected.isnan(), actual.isnan()) or difference > _tolerance(expected.dtype) * norm + 1e-12:
+        raise VerifyError(
+            f"{what} is off by {difference:.3g} (2-norm) where the model and the rules give {norm:.3g}."
+        )
+
+
+def _kind(gradient: Tensor | None) -> str:
+    return "none" if gradient is None else "one"
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _GRADIENT_TOLERANCE.get(dtype, _COARSE_TOLERANCE)
+
+
+@contextmanager
+def _borrowed(model: nn.Module, gm: nn.Module, training: bool) -> Iterator[Callable[[], None]]:
+    """Run things on the model in a mode; yields a function that sets its state and all RNG back to the start, and
+    does so at the end, mode included."""
+    modules = [*model.modules(), state_of(gm)]
+    modes = [(module, module.training) for module in model.modules()]
+    held = [
+        (module, dict(vars(module)), {n: (b, b.detach().clone()) for n, b in module._buffers.items() if b is not None})
+        for module in modules
+    ]
+    host = rng_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    generators = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if devices else [])
+
+    def reset() -> None:
+        for module, attributes, buffers in held:
+            vars(module).update(attributes)
+            for added in vars(module).keys() - attributes.keys():
+                del vars(module)[added]
+            for name, (buffer, value) in buffers.items():
+                with torch.no_grad():
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
+        set_rng_state(host)
+        torch.set_rng_state(generators[0])
+        if devices:
+            torch.cuda.set_rng_state_all(generators[1])
+        for module in model.modules():
+            module.training = training
+
+    try:
+        reset()
+        yield reset
+    finally:
+        reset()
+        for module, mode in modes:
+            module.training = mode
