@@ -11,7 +11,7 @@ l1      l1(0.0001)  2.weight     1×8           8  penalty
 """
 
 from .controls import penalties, set_loss_scale, strengths
-from .effects import Strength, Stream, gradient, penalty
+from .effects import Stream, Strength, gradient, penalty
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
 from .gradients import add_noise, centralize, clip_norm, clip_value, freeze, mask, scale, zero_nans
 from .optimizing import param_groups
@@ -29,8 +29,8 @@ __all__ = [
     "MatchError",
     "Rule",
     "RuleError",
-    "Strength",
     "Stream",
+    "Strength",
     "VerifyError",
     "add_noise",
     "centralize",

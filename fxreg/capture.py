@@ -16,7 +16,6 @@ from .tracing import SoundTracer, TracedValue, Untraceable, whole_reason
 
 Examples: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
-_STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _PLAIN_TYPES = {"bool", "int", "float", "str", "dict", "Dict", "Mapping", "list", "List", "Sequence", "tuple", "Tuple"}
 _WRITABLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -95,7 +94,7 @@ def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[A
             ) from None
     found: list[Argument] = []
     for name, parameter in signature.parameters.items():
-        star = _STARS.get(parameter.kind)
+        star = "*" * (parameter.kind == parameter.VAR_POSITIONAL) + "**" * (parameter.kind == parameter.VAR_KEYWORD)
         if star and example_inputs is None:
             if star == "*" or any(argument.name.startswith("*") for argument in found):
                 found.append(Argument(star + name, True, False, inspect.Parameter.empty, "is of any number"))
@@ -157,7 +156,7 @@ def _whole(arguments: tuple[Argument, ...]) -> fx.Graph:
     stars = {name[: name.rindex("*") + 1]: nodes.pop(name) for name in list(nodes) if name.startswith("*")}
     args = tuple(nodes.pop(a.name) for a in arguments if a.is_open and a.by_position)
     named = {a.name: nodes[a.name] for a in arguments if a.is_open and a.name in nodes}
-    rest = (stars.get("*", ()), stars.get("**", {}))
+    rest: tuple[Any, Any] = (stars.get("*", ()), stars.get("**", {}))
     called = graph.call_function(calls.call_model, (graph.get_attr(CHILD), {}, args, named, *rest))
     called.meta["is_wrapped"] = True
     graph.output(called)

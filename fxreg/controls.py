@@ -21,8 +21,7 @@ class Strengths(MutableMapping[str, Tensor]):
         buffers = self._state.provenance.strengths
         if label not in buffers:
             raise FxregError(f"no strength {label!r}; this module has {', '.join(map(repr, buffers)) or 'none'}.")
-        found = self._state.get_buffer(buffers[label])
-        return found
+        return self._state.get_buffer(buffers[label])
 
     def __setitem__(self, label: str, value: float | Tensor) -> None:
         buffer = self[label]

@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Generic, Literal, ParamSpec, TypeAlias
+from typing import Annotated, Any, Concatenate, Generic, Literal, ParamSpec, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ Stream: TypeAlias = Annotated[Tensor, "stream"]
 
 P = ParamSpec("P")
 
-registry: dict[str, "Definition"] = {}
+registry: dict[str, "Definition[Any]"] = {}
 """Every effect by name, built in or decorated by a user."""
 
 
@@ -50,7 +50,7 @@ class Argument:
 class Effect:
     """A formula with its strengths and arguments: what a rule does to the sites it matches."""
 
-    definition: "Definition"
+    definition: "Definition[Any]"
     strengths: Mapping[str, float]
     arguments: Mapping[str, Any]
 
@@ -312,16 +312,16 @@ class Penalty(Definition[P]):
             if not value and not (torch.is_grad_enabled() and weight.requires_grad):
                 return weight.new_zeros((), dtype=operators.accumulation_dtype(weight.dtype))
             if not value and formula.closed_form is not None:
-                return operators.deferred(gradient, arguments, weight, *tensors)
+                return operators.deferred(seeded, arguments, weight, *tensors)
             return formula.value(weight, _named(names, tensors), arguments)
 
-        def gradient(seed: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
+        def seeded(seed: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
             return formula.gradient(seed, weight, _named(names, tensors), arguments)
 
         def pull(grad: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
             scale, *strengths = tensors
             # Subtracting the negative: Inductor turns `mm + r` into addmm, which writes r and reads it back.
-            return grad - gradient(-scale.to(grad), weight, tuple(strengths), arguments)
+            return grad - seeded(-scale.to(grad), weight, tuple(strengths), arguments)
 
         self.operator = operators.define(
             self.name, self.fingerprint, self.schema("Tensor weight", tail="bool value=True"), value
@@ -414,9 +414,13 @@ class OptimizerOption(Definition[P]):
     leading = 0
 
 
+@overload
+def penalty(function: Callable[Concatenate[Tensor, P], Tensor]) -> Penalty[Concatenate[float, P]]: ...
+@overload
 def penalty(
-    function: Callable[..., Tensor] | None = None, *, weight_decay: float | None = None
-) -> Any:
+    *, weight_decay: float
+) -> Callable[[Callable[Concatenate[Tensor, P], Tensor]], Penalty[Concatenate[float, P]]]: ...
+def penalty(function: Any = None, *, weight_decay: float | None = None) -> Any:
     """Register a penalty from its formula R(weight, *, named parameters) -> 0-d tensor.
 
     The strength s multiplies the formula from outside: the decorated name becomes a factory `name(s, …)`. A formula
@@ -442,7 +446,11 @@ def penalty(
     return Penalty(function, weight_decay)
 
 
-def gradient(function: Callable[..., Tensor | None] | None = None, *, detach: bool = False) -> Any:
+@overload
+def gradient(function: Callable[Concatenate[Tensor, Tensor, P], Tensor]) -> Gradient[P]: ...
+@overload
+def gradient(*, detach: bool) -> Callable[[Callable[Concatenate[Tensor, Tensor, P], Tensor]], Gradient[P]]: ...
+def gradient(function: Any = None, *, detach: bool = False) -> Any:
     """Register a gradient transform from its formula f(grad, weight, *, named parameters) -> Tensor.
 
     Args:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .effects import Strength, Stream, gradient
+from .effects import Stream, Strength, gradient
 
 
 @gradient

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,9 @@ class _Lowering:
 
     # Nodes.
 
-    def _insert(self, label: str, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None, name: str = ""):  # type: ignore[no-untyped-def]
+    def _insert(
+        self, label: str, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None, name: str = ""
+    ) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs or {}, name=re.sub(r"\W", "_", name) or None)
         node.meta["fxreg"] = label
         if getattr(target, "__module__", None) == calls.__name__:
@@ -116,13 +118,17 @@ class _Lowering:
             return
         names = _parameter_names(self.model)
         _refuse_hidden_uses(self.model, pulls, names)
-        uses = [node for node in self.graph.nodes if node.op in ("get_attr", "call_module") or _calls_model(node)]
+        uses = list(self.graph.nodes)
         first = next(node for node in self.graph.nodes if node.op != "placeholder")
         with self.graph.inserting_before(first):
             pulled = {site: self._pulled(site, edits) for site, edits in pulls.items()}
         by_name = {name: pulled[site] for name, site in names.items() if site in pulled}
+        inside: dict[str, dict[str, fx.Node]] = {}
+        for name, node in by_name.items():
+            for path in _ancestors(name):
+                inside.setdefault(path, {})[name.removeprefix(f"{path}.")] = node
         for node in uses:
-            self._substitute(node, by_name)
+            self._substitute(node, by_name, inside)
 
     def _pulled(self, site: str, edits: tuple[PullBack, ...]) -> fx.Node:
         """The parameter as its uses are to see it. The gradient meets the last node first."""
@@ -153,26 +159,23 @@ class _Lowering:
         live = [a for a in definition.parameters if a.schema in ("strength", "stream")]
         return [stream if argument.schema == "stream" else next(rest) for argument in live]
 
-    def _substitute(self, node: fx.Node, pulled: Mapping[str, fx.Node]) -> None:
+    def _substitute(
+        self, node: fx.Node, pulled: Mapping[str, fx.Node], inside: Mapping[str, dict[str, fx.Node]]
+    ) -> None:
         """Make one use of parameters use the pulled ones."""
-        if node.op == "get_attr":
-            if node.target in pulled:
-                node.replace_all_uses_with(pulled[node.target])
-                self.graph.erase_node(node)
-            return
-        if node.op == "call_module":
-            inside = f"{node.target}."
-            chosen = {name.removeprefix(inside): p for name, p in pulled.items() if name.startswith(inside)}
-            if not chosen:
-                return
+        target = str(node.target)
+        if node.op == "get_attr" and target in pulled:
+            node.replace_all_uses_with(pulled[target])
+            self.graph.erase_node(node)
+        elif node.op == "call_module" and target in inside:
             with self.graph.inserting_before(node):
-                module = self.graph.get_attr(node.target)
-                args = (module, chosen, node.args, dict(node.kwargs))
+                module = self.graph.get_attr(target)
+                args = (module, inside[target], node.args, dict(node.kwargs))
                 called = self.graph.create_node("call_function", calls.call_with, args, name=f"{node.name}_with")
             called.meta.update(node.meta, is_wrapped=True)
             node.replace_all_uses_with(called)
             self.graph.erase_node(node)
-        else:
+        elif node.target is calls.call_model:
             node.update_arg(1, dict(pulled))
 
     # Penalties.
@@ -218,8 +221,11 @@ class _Lowering:
         return self._read("", zero)
 
 
-def _calls_model(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is calls.call_model
+def _ancestors(name: str) -> Iterator[str]:
+    """The paths of the modules around a parameter: of "a.b.c", "a.b" and "a"."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _parameter_names(model: nn.Module) -> dict[str, str]:

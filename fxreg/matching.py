@@ -74,7 +74,7 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
     labels = _labels(rules)
     found = []
     for label, rule in zip(labels, rules, strict=True):
-        for layer in rule.layer or ():
+        for layer in rule.layers:
             if isinstance(layer, str) and not _known(layer, classes):
                 near = difflib.get_close_matches(layer, sorted({c.__name__ for c in classes}), n=3)
                 raise RuleError(
@@ -131,13 +131,13 @@ def _owner(model: nn.Module, path: str, module: nn.Module, key: str) -> Owner:
 
 def _selects(rule: Rule, label: str, site: Site) -> bool:
     if not any(
-        (rule.layer is None or any(_is_instance(owner.layer, layer) for layer in rule.layer))
+        (rule.layer is None or any(_is_instance(owner.layer, layer) for layer in rule.layers))
         and (rule.name is None or matches(rule.name, owner.path))
         and any(matches(rule.param, key) for key in {owner.key, owner.key.rpartition(".")[2]})
         for owner in site.owners
     ):
         return False
-    if any(matches(pattern, name) for pattern in rule.exclude for name in site.names):
+    if any(matches(pattern, name) for pattern in rule.excludes for name in site.names):
         return False
     if rule.where is None:
         return True

@@ -3,9 +3,10 @@
 import copy
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +18,14 @@ from .planning import Emit, Plan
 
 CHILD = "fxreg"
 """The name of the one child that fxreg adds to the emitted module."""
+
+
+_bound: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
+
+
+def bind(model: nn.Module, labels: Iterable[str]) -> None:
+    """Note that the companion of these rules was called for a model, before or after it was transformed."""
+    _bound.setdefault(model, set()).update(labels)
 
 
 @dataclass(frozen=True)
@@ -50,21 +59,37 @@ class State(nn.Module):
 
     def __init__(self, model: nn.Module, graph: fx.Graph, provenance: Provenance) -> None:
         super().__init__()
-        vars(self)["model"] = model
+        vars(self)["_model"] = model
         self.captured = graph
         self.provenance = provenance
         self.scale_was_set = False
-        self.bound: set[str] = set()
+        self.warned_unbound = False
+        self.backwards_watched = 0
         self.register_buffer("loss_scale", torch.tensor(1.0, dtype=torch.float64, device="cpu"), persistent=False)
 
+    loss_scale: Tensor
+
     @property
-    def training(self) -> bool:  # type: ignore[override]
-        return bool(vars(self)["model"].training) if "model" in vars(self) else True
+    def model(self) -> nn.Module:
+        """The original model."""
+        model: nn.Module = vars(self)["_model"]
+        return model
+
+    @property
+    def training(self) -> bool:
+        """The original model's mode: the root has one, and this is where the graph reads it."""
+        return self.model.training if "_model" in vars(self) else True
 
     @training.setter
     def training(self, mode: bool) -> None:
-        if "model" in vars(self):
-            vars(self)["model"].training = mode
+        if "_model" in vars(self):
+            self.model.training = mode
+
+    def unbound(self) -> tuple[str, ...]:
+        """The labels of the rules whose companion call has not come yet."""
+        plan, bound = self.provenance.plan, _bound.get(self.model, set())
+        waiting = [*plan.companions("optimizer"), *plan.companions("proximal")]
+        return tuple(dict.fromkeys(edit.label for edit in waiting if edit.label not in bound))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "State":
         # Whatever fn does to dtypes and values is for the model's state; only where it puts tensors matters here.
@@ -83,7 +108,7 @@ class State(nn.Module):
             # The graph does not need the model itself: only its mode, in a stand-in that pickles.
             stand_in = nn.Module()
             vars(stand_in).update({k: vars(self.model)[k] for k in ("_parameters", "_buffers", "_modules", "training")})
-            state["model"] = stand_in
+            state["_model"] = stand_in
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,7 +135,7 @@ class RegularizedModule(fx.GraphModule):
         self.graph = graph
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         modules = vars(self).get("_modules", {})
         return modules[CHILD].training if CHILD in modules else True
 
@@ -182,7 +207,8 @@ def _written(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """A graph as plain data: functions by their qualified names."""
 
     def refer(value: Any) -> Any:
-        return map_aggregate(value, lambda v: _Ref(v.name) if isinstance(v, fx.Node) else v)
+        named: Any = lambda v: _Ref(v.name) if isinstance(v, fx.Node) else v  # noqa: E731
+        return map_aggregate(value, named)
 
     return [
         (

@@ -21,7 +21,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 
 NAMESPACE = "fxreg"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _implementations: dict[str, Callable[..., Any]] = {}
 
 Formula = Callable[[Tensor, Tensor, tuple[Tensor, ...], dict[str, Any]], Tensor]
@@ -34,13 +34,14 @@ def define(name: str, overload: str, schema: str, implementation: Callable[..., 
     known = qualified in _implementations
     _implementations[qualified] = implementation
     if not known:
-        _library.define(qualified + schema)
-        _library.impl(
+        _library.define(qualified + schema)  # type: ignore[no-untyped-call]
+        _library.impl(  # type: ignore[no-untyped-call]
             qualified,
             lambda *args, **kwargs: _implementations[qualified](*args, **kwargs),
             "CompositeImplicitAutograd",
         )
-    return getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload or "default")
+    operator: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload or "default")
+    return operator
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -48,8 +49,8 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     # would apply it at the wrong one.
     if _are_functorch_transforms_active():
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, function).apply(*args)
-    return function.apply(*args)
+            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -85,9 +86,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
-        seeds = (
-            scale.to(device=device, dtype=dtype) for device, dtype in zip(ctx.devices, ctx.dtypes, strict=True)
-        )
+        seeds = (scale.to(device=device, dtype=dtype) for device, dtype in zip(ctx.devices, ctx.dtypes, strict=True))
         return (None, None, *seeds, *grads)
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import nn
 from .effects import OptimizerOption, Penalty
 from .errors import RuleError
 from .matching import match
-from .module import state_of
+from .module import RegularizedModule, bind, state_of
 from .planning import LeaveToCompanion, plan
 from .rules import Rule, checked_rules
 
@@ -53,7 +53,11 @@ def param_groups(
     >>> optimizer = torch.optim.SGD(groups, lr=0.1)
     """
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
-        raise RuleError(f"param_groups: optimizer must be an optimizer class such as torch.optim.SGD, got {optimizer!r}.")
+        raise RuleError(
+            f"param_groups: optimizer must be an optimizer class such as torch.optim.SGD, got {optimizer!r}."
+        )
+    if isinstance(model, RegularizedModule):
+        model = state_of(model).model
     edits = plan(match(model, checked_rules(rules))).companions("optimizer")
     options = inspect.signature(optimizer).parameters
     decay: dict[str, float] = {}
@@ -71,7 +75,7 @@ def param_groups(
     if "weight_decay" not in options:
         for group in groups.values():
             del group["weight_decay"]
-    _mark_bound(model, edits)
+    bind(model, (edit.label for edit in edits))
     return sorted(groups.values(), key=lambda group: -group.get("weight_decay", 0.0))
 
 
@@ -85,7 +89,8 @@ def _decay(edit: LeaveToCompanion, optimizer: type, options: Any) -> float:
     (strength,) = edit.effect.strengths.values()
     if isinstance(definition, OptimizerOption):
         return strength
-    assert isinstance(definition, Penalty) and definition.weight_decay is not None
+    assert isinstance(definition, Penalty)
+    assert definition.weight_decay is not None
     if optimizer not in _COUPLED:
         raise RuleError(
             f"rule {edit.label!r}: {edit.effect!r} is exact only where weight_decay is added to the gradient, and "
@@ -93,10 +98,3 @@ def _decay(edit: LeaveToCompanion, optimizer: type, options: Any) -> float:
             "via='penalty'; or fxreg.weight_decay(d) if the optimizer's own decay is what you want."
         )
     return definition.weight_decay * strength
-
-
-_bound: "dict[int, set[str]]" = {}
-
-
-def _mark_bound(model: nn.Module, edits: Iterable[LeaveToCompanion]) -> None:
-    pass

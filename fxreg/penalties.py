@@ -3,10 +3,20 @@
 Throughout, w is the parameter (any shape), s the strength, and the objective becomes loss + s·R(w).
 """
 
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, cast
+
 import torch
 from torch import Tensor
 
-from .effects import OptimizerOption, Strength, penalty
+from .effects import OptimizerOption, Penalty, Strength, penalty
+
+P = ParamSpec("P")
+
+
+def _with_own_strengths(function: Callable[Concatenate[Tensor, P], Tensor]) -> Penalty[P]:
+    """`penalty`, typed for a formula that takes its strengths itself."""
+    return cast(Penalty[P], penalty(function))
 
 
 @penalty
@@ -67,7 +77,7 @@ def _(weight: Tensor) -> Tensor:
     return 2 * weight
 
 
-@penalty
+@_with_own_strengths
 def elastic_net(weight: Tensor, *, l1: Strength, l2: Strength) -> Tensor:
     """Both at once, l1·Σ|w| + l2·Σw².
 
@@ -129,7 +139,8 @@ def _group_norms(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     reduced = [d for d in range(weight.ndim) if d not in kept]
     if not reduced:
         return weight.abs()
-    return torch.linalg.vector_norm(weight, dim=reduced, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=reduced, keepdim=True)
+    return norms
 
 
 def _axis(dim: int, ndim: int) -> int:

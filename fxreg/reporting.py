@@ -9,7 +9,7 @@ from torch import nn
 
 from .errors import RuleError
 from .matching import match
-from .module import RegularizedModule, State, emitted, state_of
+from .module import RegularizedModule, emitted, state_of
 from .planning import Plan, plan
 from .rules import Rule, checked_rules
 from .transforming import strip
@@ -73,13 +73,7 @@ def explain(model: nn.Module, rules: Rule | Iterable[Rule] | None = None) -> Pla
         return plan(match(model, checked_rules(rules)))
     state = state_of(model)
     provenance = state.provenance
-    return Report(provenance.plan, provenance.emit, dict(provenance.opaque), provenance.verified, unbound(state))
-
-
-def unbound(state: State) -> tuple[str, ...]:
-    """The labels of the rules that wait for their companion call."""
-    waiting = [*state.provenance.plan.companions("optimizer"), *state.provenance.plan.companions("proximal")]
-    return tuple(dict.fromkeys(edit.label for edit in waiting if edit.label not in state.bound))
+    return Report(provenance.plan, provenance.emit, dict(provenance.opaque), provenance.verified, state.unbound())
 
 
 def diff(gm: nn.Module) -> str:

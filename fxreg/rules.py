@@ -121,6 +121,18 @@ class Rule(_Acts, _Keys):
             object.__setattr__(self, field, value)
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers asked for; none means any."""
+        assert self.layer is None or isinstance(self.layer, tuple)
+        return self.layer or ()
+
+    @property
+    def excludes(self) -> tuple[Pattern, ...]:
+        """The patterns of what is left out."""
+        assert isinstance(self.exclude, tuple)
+        return self.exclude
+
+    @property
     def lowering(self) -> Via:
         """How the rule acts: its own `via`, or the effect's first."""
         return self.via or self.effect.definition.default_via

@@ -9,13 +9,14 @@ nodes, and any tensor computed at trace time is a reason to give up.
 import collections
 import copy
 import dis
+import math
 import operator
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,7 +47,7 @@ class TracedValue(fx.Proxy):
 
     tracer: "SoundTracer"
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:  # what isinstance() asks once the real type has said no
         return self.tracer.claimed_type(self)
 
@@ -93,18 +94,32 @@ def _refusing(name: str) -> Callable[..., Any]:
     return refuse
 
 
+def _in_place(target: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
 for _name in (
     "bool", "len", "int", "float", "complex", "index", "contains", "format", "array", "round", "trunc", "floor",
     "ceil", "enter", "exit", "reversed", "delitem", "dlpack",
 ):  # fmt: skip
     setattr(TracedValue, f"__{_name}__", _refusing(f"__{_name}__"))
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"):
-
-    def _in_place(self: TracedValue, other: Any, _target: Any = getattr(operator, f"i{_name}")) -> Any:
-        return self.tracer.create_proxy("call_function", _target, (self, other), {})
-
-    setattr(TracedValue, f"__i{_name}__", _in_place)
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "matmul",
+):
+    setattr(TracedValue, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
 class SoundTracer(fx.Tracer):
@@ -115,7 +130,7 @@ class SoundTracer(fx.Tracer):
     """
 
     def __init__(self, root: nn.Module, root_alias: str) -> None:
-        super().__init__(autowrap_modules=(), autowrap_functions=())
+        super().__init__(autowrap_modules=(math,))
         self.root = root
         self.graph = fx.Graph()
         self.opaque: dict[str, str] = {}
@@ -132,7 +147,7 @@ class SoundTracer(fx.Tracer):
 
     # What the forward asks of its values.
 
-    def give_up(self, reason: str) -> "Any":
+    def give_up(self, reason: str) -> NoReturn:
         self._poison = self._poison or reason
         raise Untraceable(reason)
 
@@ -157,7 +172,6 @@ class SoundTracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         self.give_up("branches on a value")
-        return False
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
@@ -186,9 +200,10 @@ class SoundTracer(fx.Tracer):
     # Modules.
 
     def path_of(self, module: nn.Module) -> str:
-        if module not in self._paths:
+        path: str | None = self._paths.get(module)
+        if path is None:
             self.give_up(f"calls a {type(module).__name__} that is not one of the model's registered modules")
-        return self._paths[module]
+        return path
 
     def call_submodule(self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self.path_of(module)
@@ -303,7 +318,7 @@ class _NoTensorWork(TorchFunctionMode):
                 return self._tracer.create_proxy("call_method", func.__name__, args, kwargs)
             return self._tracer.create_proxy("call_function", func, args, kwargs)
         name = getattr(func, "__name__", repr(func))
-        self._tracer.give_up(f"calls {name} on what is known at trace time, which would be frozen into the graph")
+        return self._tracer.give_up(f"calls {name} on what is known when it is traced, which would be frozen in")
 
 
 def whole_reason(module: nn.Module) -> str | None:
@@ -413,7 +428,7 @@ def _intercepted(tracer: SoundTracer) -> Iterator[None]:
     def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if not ours():
             return module_call(module, *args, **kwargs)
-        return tracer.call_submodule(module, lambda *a, **k: module.forward(*a, **k), args, kwargs)
+        return tracer.call_submodule(module, module.forward, args, kwargs)
 
     def read(module: nn.Module, name: str) -> Any:
         value = module_getattr(module, name)

@@ -1,7 +1,7 @@
 """The way in: match, plan, capture, lower, verify, in that order; and the way back."""
 
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -10,10 +10,11 @@ from .capture import Captured, Examples, capture, split_examples
 from .errors import CaptureError, FxregError
 from .lowering import lower
 from .matching import match
-from .module import RegularizedModule, mark_verified, state_of
+from .module import mark_verified, state_of
 from .planning import Emit, Plan, plan
 from .rules import Rule, checked_rules
 from .verifying import verify
+from .watching import watch
 
 
 def transform(
@@ -60,6 +61,7 @@ def transform(
     planned = plan(match(model, checked_rules(rules)))
     captured = capture(model, example_inputs)
     gm = lower(model, captured, planned, emit)
+    watch(gm)
     if example_inputs is not None:
         verify(gm, model, example_inputs)
         mark_verified(state_of(gm))
@@ -83,6 +85,3 @@ def strip(gm: nn.Module) -> torch.fx.GraphModule:
     state = state_of(gm)
     captured = Captured(state.captured, state.provenance.opaque)
     return lower(state.model, captured, Plan(()), "backward")
-
-
-__all__: list[Any] = ["strip", "transform"]

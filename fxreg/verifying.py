@@ -52,8 +52,8 @@ def verify(gm: nn.Module, model: nn.Module, example_inputs: Examples) -> None:
     inner = emitted(gm)
     if [n for n, _ in inner.named_parameters()] != [n for n, _ in model.named_parameters()]:
         raise VerifyError("the emitted module's parameters are not the model's, by name and order.")
-    for (name, ours), theirs in zip(inner.named_parameters(), model.parameters(), strict=True):
-        if ours is not theirs:
+    for (name, own), original in zip(inner.named_parameters(), model.parameters(), strict=True):
+        if own is not original:
             raise VerifyError(f"parameter {name!r} of the emitted module is not the model's own tensor.")
     for training in (True, False):
         mode = "in train mode" if training else "in eval mode"
@@ -174,9 +174,7 @@ def _probe(outputs: Sequence[Tensor], trial: _Trial) -> Tensor:
 
 def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], compiled: bool) -> dict[str, Tensor | None]:
     try:
-        found = torch.autograd.grad(
-            loss, list(parameters.values()), retain_graph=not compiled, allow_unused=True
-        )
+        found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=not compiled, allow_unused=True)
         return dict(zip(parameters, found, strict=True))
     except RuntimeError as error:
         if "checkpoint" not in str(error):
@@ -225,9 +223,7 @@ def _pulled(state: State, pull: PullBack, grad: Tensor | None, weight: Tensor) -
     if definition.has_stream:
         live["stream"] = state.get_buffer(state.provenance.streams[pull.label, pull.site])
     wide = torch.promote_types(grad.dtype, torch.float32)
-    pulled = definition.formula.transform(
-        grad.to(wide), weight.detach().to(wide), scale, live, pull.effect.arguments
-    )
+    pulled = definition.formula.transform(grad.to(wide), weight.detach().to(wide), scale, live, pull.effect.arguments)
     return pulled.to(grad.dtype)
 
 
@@ -279,9 +275,7 @@ def _compare_gradient(expected: Tensor | None, actual: Tensor | None, what: str)
     difference = float(torch.linalg.vector_norm((actual.to(wide) - expected.to(wide)).nan_to_num()))
     norm = float(torch.linalg.vector_norm(expected.to(wide).nan_to_num()))
     if not torch.equal(expected.isnan(), actual.isnan()) or difference > _tolerance(expected.dtype) * norm + 1e-12:
-        raise VerifyError(
-            f"{what} is off by {difference:.3g} (2-norm) where the model and the rules give {norm:.3g}."
-        )
+        raise VerifyError(f"{what} is off by {difference:.3g} (2-norm) where the model and the rules give {norm:.3g}.")
 
 
 def _kind(gradient: Tensor | None) -> str:

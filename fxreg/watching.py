@@ -1,0 +1,72 @@
+"""Eager-mode warnings about what an emitted module cannot see for itself. Compiled code never runs them."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C import _are_functorch_transforms_active  # private: no public way to ask
+
+from .module import RegularizedModule, State, state_of
+from .structure import tensors
+
+_BACKWARDS_WATCHED = 8
+
+
+def watch(gm: RegularizedModule) -> None:
+    """Register the hooks that an emitted module needs; each does nothing once it has warned."""
+    state = state_of(gm)
+    if state.unbound():
+        gm.register_forward_pre_hook(_warn_unbound)
+    if state.provenance.emit == "backward" and state.provenance.plan.penalties:
+        gm.register_forward_hook(_watch_accumulation)
+
+
+def _is_eager_training(module: nn.Module) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and module.training
+        and not _are_functorch_transforms_active()
+    )
+
+
+def _warn_unbound(module: nn.Module, args: Any) -> None:
+    if not _is_eager_training(module):
+        return
+    state = state_of(module)
+    waiting = state.unbound()
+    if waiting and not state.warned_unbound:
+        state.warned_unbound = True
+        warnings.warn(
+            f"fxreg: rules {', '.join(map(repr, waiting))} act through the optimizer, but fxreg.param_groups was never "
+            "called with them, so they do nothing.",
+            stacklevel=2,
+        )
+
+
+def _watch_accumulation(module: nn.Module, args: Any, output: Any) -> None:
+    if not _is_eager_training(module):
+        return
+    state = state_of(module)
+    if state.scale_was_set or state.backwards_watched >= _BACKWARDS_WATCHED:
+        return
+    node = next((tensor.grad_fn for tensor in tensors(output) if tensor.grad_fn is not None), None)
+    if node is not None:
+        node.register_prehook(lambda grads: _check_accumulation(state))
+
+
+def _check_accumulation(state: State) -> None:
+    """Before a backward pass: gradients that are already there mean that it will add to them."""
+    state.backwards_watched += 1
+    parameters = dict(state.model.named_parameters())
+    first = parameters[state.provenance.plan.penalties[0].site]
+    if state.scale_was_set or first.grad is None or not bool(first.grad.any()):
+        return
+    state.backwards_watched = _BACKWARDS_WATCHED
+    warnings.warn(
+        "fxreg: gradients accumulate over several backward passes, and each adds the penalties' gradient in full. "
+        "Call fxreg.set_loss_scale(gm, 1 / accumulation_steps), with the factor by which you scale the loss; 1 if "
+        "several times is what you mean.",
+        stacklevel=2,
+    )
