@@ -15,7 +15,7 @@ from .effects import Stream, Strength, gradient, penalty
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
 from .gradients import add_noise, centralize, clip_norm, clip_value, freeze, mask, scale, zero_nans
 from .optimizing import param_groups
-from .penalties import elastic_net, group_lasso, l1, l2, weight_decay
+from .regularizers import elastic_net, group_lasso, l1, l2, weight_decay
 from .reporting import diff, explain
 from .rules import Rule
 from .transforming import strip, transform

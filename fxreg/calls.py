@@ -30,7 +30,14 @@ def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
     """Call a module with some of its parameters replaced, ties included."""
     if not substitutes:
         return module(*args, **kwargs)
-    return torch.func.functional_call(module, substitutes, args, kwargs)
+    # A recurrent layer also keeps its weights in a list, and would keep the substitutes there.
+    recurrent = [inner for inner in module.modules() if isinstance(inner, nn.RNNBase)]
+    kept = [(inner._flat_weights, inner._flat_weight_refs) for inner in recurrent]
+    try:
+        return torch.func.functional_call(module, dict(substitutes), args, dict(kwargs))
+    finally:
+        for inner, (weights, references) in zip(recurrent, kept, strict=True):
+            inner._flat_weights, inner._flat_weight_refs = weights, references
 
 
 def attach(output: Any, penalties: list[Tensor], scale: Tensor) -> Any:

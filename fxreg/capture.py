@@ -55,12 +55,8 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
     """Trace the model's forward; the root itself becomes one opaque call if it cannot be traced.
 
     Raises:
-        CaptureError: a module that was already transformed; examples that do not fit the forward's signature.
+        CaptureError: examples that do not fit the forward's signature.
     """
-    if isinstance(model, RegularizedModule):
-        raise CaptureError("this module was already transformed. Transform the original model, with all the rules.")
-    if hasattr(model, CHILD):
-        raise CaptureError(f"the model has an attribute {CHILD!r}, the name of fxreg's own child. Rename it.")
     arguments = read_arguments(model, example_inputs)
     odd = (f"argument {a.name!r} {a.oddity}" for a in arguments if a.oddity)
     reason = whole_reason(model) or next(odd, None)
@@ -77,6 +73,16 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
         if not tracer.drew_random:
             break
     return Captured(_whole(arguments), {"": reason or "draws from Python's or NumPy's random numbers"})
+
+
+def refuse_transformed(model: nn.Module) -> None:
+    """Raise a CaptureError if fxreg was here before, or cannot add its child."""
+    for path, module in model.named_modules():
+        if isinstance(module, RegularizedModule):
+            where = f"its module {path!r}" if path else "this module"
+            raise CaptureError(f"{where} was already transformed. Transform the original model, with all the rules.")
+    if hasattr(model, CHILD):
+        raise CaptureError(f"the model has an attribute {CHILD!r}, the name of fxreg's own child. Rename it.")
 
 
 def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[Argument, ...]:

@@ -6,9 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .effects import Effect, Penalty, checked_strength
+from .effects import Effect, Penalty, checked_strength, strength_name
 from .errors import FxregError, RuleError
-from .module import State, emitted, state_of, strength_name
+from .module import State, emitted, state_of
+
+
+class _UnknownLabelError(FxregError, KeyError):
+    """A label that no rule has."""
+
+    __str__ = Exception.__str__  # KeyError would show the repr
 
 
 class Strengths(MutableMapping[str, Tensor]):
@@ -20,7 +26,9 @@ class Strengths(MutableMapping[str, Tensor]):
     def __getitem__(self, label: str) -> Tensor:
         buffers = self._state.provenance.strengths
         if label not in buffers:
-            raise FxregError(f"no strength {label!r}; this module has {', '.join(map(repr, buffers)) or 'none'}.")
+            raise _UnknownLabelError(
+                f"no strength {label!r}; this module has {', '.join(map(repr, buffers)) or 'none'}."
+            )
         return self._state.get_buffer(buffers[label])
 
     def __setitem__(self, label: str, value: float | Tensor) -> None:

@@ -1,6 +1,6 @@
 """What an effect is: a formula, registered once by a decorator, from which its factory and operators follow.
 
-`penalties.py` and `gradients.py` hold the formulas. A decorated function becomes a *definition*; calling the
+`regularizers.py` and `gradients.py` hold the formulas. A decorated function becomes a *definition*; calling the
 definition with a strength gives an *effect*, the frozen value that a rule carries.
 """
 
@@ -70,6 +70,9 @@ class Effect:
     def __hash__(self) -> int:
         return hash((self.name, tuple(self.strengths.items())))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Effect":
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (_effect, (self.definition, dict(self.strengths), dict(self.arguments)))
 
@@ -86,7 +89,8 @@ def _effect(definition: "Definition[Any]", strengths: dict[str, float], argument
 
 def _equal(left: object, right: object) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return left is right or (left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right))
+        alike = left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+        return left is right or (alike and not left.is_meta and torch.equal(left, right))
     return type(left) is type(right) and left == right
 
 
@@ -101,6 +105,8 @@ class Definition(Generic[P]):
     leading: int  # how many of the formula's first parameters are the site's own tensors
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        if not isinstance(function, types.FunctionType) or not function.__name__.isidentifier():
+            raise RuleError(f"an effect is made from a function with a name (def …), got {function!r}.")
         self.function = function
         self.name: str = function.__name__
         self.__doc__ = function.__doc__
@@ -158,7 +164,10 @@ class Definition(Generic[P]):
         """Define the operators of the formula; an effect without a node has none."""
 
     def _read_parameters(self) -> Iterator[Argument]:
-        hints = typing.get_type_hints(self.function, include_extras=True)
+        try:
+            hints = typing.get_type_hints(self.function, include_extras=True)
+        except Exception as error:
+            raise RuleError(f"effect {self.name!r}: an annotation cannot be resolved: {error}.") from None
         own = list(inspect.signature(self.function).parameters.values())
         if len(own) < self.leading or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own):
             raise RuleError(
@@ -166,6 +175,8 @@ class Definition(Generic[P]):
                 f"parameters, but its signature is {inspect.signature(self.function)}."
             )
         for parameter in own[self.leading :]:
+            if parameter.name in _RESERVED:
+                raise RuleError(f"effect {self.name!r}: the parameter name {parameter.name!r} is taken; rename it.")
             hint = hints.get(parameter.name, type(parameter.default))
             yield Argument(parameter.name, _schema_of(self.name, parameter.name, hint), parameter.default)
 
@@ -195,6 +206,9 @@ class Definition(Generic[P]):
 
     def __repr__(self) -> str:
         return f"<fxreg effect {self.name}{self.__signature__}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Definition[P]":
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_registered, (self.name, self.fingerprint))
@@ -473,16 +487,27 @@ def gradient(function: Any = None, *, detach: bool = False) -> Any:
     return Gradient(function, detach)
 
 
+def strength_name(label: str, effect: Effect, own: str) -> str:
+    """What `fxreg.strengths` calls an effect's strength."""
+    return label if len(effect.strengths) == 1 else f"{label}.{own}"
+
+
 def checked_strength(value: object, where: str) -> float:
     """A strength as a float, or a RuleError: strengths are finite and not negative."""
-    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex():
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex() and not value.is_meta:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RuleError(f"{where}: a strength is a number, got {value!r}.")
-    if not math.isfinite(value) or value < 0:
-        raise RuleError(f"{where}: a strength is finite and not negative, got {value!r}.")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < 0:
+        raise RuleError(f"{where}: a strength is finite and not negative, got {number!r}.")
+    return number
 
+
+_RESERVED = {"self", "weight", "grad", "value", "scale"}
 
 _SCHEMAS: dict[Any, str] = {
     Tensor: "Tensor",
@@ -499,6 +524,8 @@ _SCHEMAS: dict[Any, str] = {
 def _schema_of(effect: str, parameter: str, hint: Any) -> str:
     if typing.get_origin(hint) is Annotated and hint.__metadata__[0] in ("strength", "stream"):
         kind: str = hint.__metadata__[0]
+        if kind == "stream" and parameter != "stream":
+            raise RuleError(f"effect {effect!r}: call its random stream 'stream', not {parameter!r}.")
         return kind
     if hint in _SCHEMAS:
         return _SCHEMAS[hint]
@@ -512,17 +539,25 @@ def _coerced(effect: str, argument: Argument, value: object) -> object:
     match argument.schema, value:
         case ("Tensor", Tensor()) | ("bool", bool()) | ("str", str()):
             return value.detach() if isinstance(value, Tensor) else value
-        case ("int", int()) if not isinstance(value, bool):
+        case ("int", _) if _is_int(value):
             return value
-        case ("float", float() | int()) if not isinstance(value, bool) and not math.isnan(value):
-            return float(value)
-        case ("int[]", int()) if not isinstance(value, bool):
+        case ("float", _) if _is_float(value):
+            return float(value)  # type: ignore[arg-type]
+        case ("int[]", _) if _is_int(value):
             return (value,)
-        case ("int[]", tuple() | list()) if all(type(v) is int for v in value):
+        case ("int[]", tuple() | list()) if all(map(_is_int, value)):
             return tuple(value)
-        case ("float[]", tuple() | list()) if all(type(v) in (int, float) for v in value):
+        case ("float[]", tuple() | list()) if all(map(_is_float, value)):
             return tuple(map(float, value))
     raise RuleError(f"{effect}({argument.name}=…): expected {argument.schema}, got {value!r}.")
+
+
+def _is_int(value: object) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _is_float(value: object) -> bool:
+    return (type(value) is float and not math.isnan(value)) or (type(value) is int and abs(value) < 2**1023)
 
 
 def _source(function: Callable[..., Any]) -> str:
@@ -537,5 +572,20 @@ def _source(function: Callable[..., Any]) -> str:
     except (OSError, TypeError, SyntaxError):  # typed at a prompt, or made by exec
         code = function.__code__
         text = repr((code.co_code, code.co_consts, code.co_names))
-    cells = [repr(cell.cell_contents) for cell in function.__closure__ or ()]
-    return repr((text, function.__defaults__, sorted((function.__kwdefaults__ or {}).items()), cells))
+    around = [cell.cell_contents for cell in function.__closure__ or ()]
+    around += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return "\n".join([text, *map(_identity, around)])
+
+
+def _identity(value: object) -> str:
+    """A text that two values share only if a formula cannot tell them apart."""
+    if isinstance(value, Tensor) and value.device.type != "meta":
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return f"tensor {value.dtype} {tuple(value.shape)} {hashlib.sha256(content).hexdigest()}"
+    if isinstance(value, types.FunctionType):
+        return _source(value)
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}({','.join(map(_identity, value))})"
+    if isinstance(value, bool | int | float | complex | str | bytes | types.NoneType | types.ModuleType | type):
+        return repr(value)
+    return f"{type(value).__qualname__} at {id(value)}"  # alive as long as the formula is, so no other has this id

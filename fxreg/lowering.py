@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 
 from . import calls, operators
 from .capture import Captured
-from .effects import Effect, Gradient, Penalty
+from .effects import Effect, Gradient, Penalty, strength_name
 from .errors import CaptureError
-from .module import CHILD, Provenance, RegularizedModule, State, strength_name
+from .module import CHILD, Provenance, RegularizedModule, State
 from .planning import Emit, LeaveToCompanion, Penalize, Plan, PullBack
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .effects import Effect
+from .effects import Effect, strength_name
 from .errors import MatchError, RuleError
 from .rules import Layer, Rule, matches
 
@@ -158,12 +158,13 @@ def _is_named(cls: type, name: str) -> bool:
     if cls is _torch_class(name):
         return True
     qualified = f"{cls.__module__}.{cls.__qualname__}"
-    return f".{qualified}".endswith(f".{name}")
+    return not name.startswith("nn.") and f".{qualified}".endswith(f".{name}")
 
 
 def _torch_class(name: str) -> object:
+    """The class of that name in `torch.nn`: "Linear", "nn.Linear" or "torch.nn.Linear"."""
     found: object = nn
-    for part in name.removeprefix("torch.").removeprefix("nn.").split("."):
+    for part in name.removeprefix("torch.nn.").removeprefix("nn.").split("."):
         found = getattr(found, part, None)
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
@@ -185,6 +186,14 @@ def _labels(rules: tuple[Rule, ...]) -> tuple[str, ...]:
             label = f"{rule.effect.name}_{count}"
         taken.add(label)
         labels.append(label)
+    names = [
+        strength_name(label, r.effect, own)
+        for label, r in zip(labels, rules, strict=True)
+        for own in r.effect.strengths
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise MatchError(f"two rules would share the strength {name!r}; give one of them another label.")
     return tuple(labels)
 
 
@@ -227,8 +236,7 @@ def _check_pair(earlier: Match, later: Match, site: Site) -> None:
 
 
 def _matched_nothing(label: str, rule: Rule, model: nn.Module, sites: tuple[Site, ...]) -> str:
-    given = repr(rule).removeprefix("Rule(").removesuffix(")").split(", ", 1)
-    conditions = f" ({given[1]})" if len(given) > 1 else ""
+    conditions = f" ({', '.join(rule.conditions())})" if rule.conditions() else ""
     wanted = str(rule.name or rule.param or "")
     candidates = [path for path, _ in model.named_modules() if path] if rule.name else [s.name for s in sites]
     near = difflib.get_close_matches(wanted.strip("*"), candidates, n=3, cutoff=0) if candidates else []

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name, map_aggregate  # private: the names fx itself writes into code
 
-from .effects import Effect
 from .errors import FxregError
 from .planning import Emit, Plan
 
@@ -181,11 +180,6 @@ def state_of(gm: nn.Module) -> State:
     state = emitted(gm)._modules[CHILD]
     assert isinstance(state, State)
     return state
-
-
-def strength_name(label: str, effect: Effect, own: str) -> str:
-    """What `fxreg.strengths` calls an effect's strength."""
-    return label if len(effect.strengths) == 1 else f"{label}.{own}"
 
 
 def mark_verified(state: State) -> None:

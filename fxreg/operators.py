@@ -10,6 +10,7 @@ on-disk caches key an operator by its name alone: without the fingerprint, editi
 the old one.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
+from torch._C._dynamo.eval_frame import (  # private: torch.compiler.disable, without its import and its cost a call
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 
@@ -37,11 +43,19 @@ def define(name: str, overload: str, schema: str, implementation: Callable[..., 
         _library.define(qualified + schema)  # type: ignore[no-untyped-call]
         _library.impl(  # type: ignore[no-untyped-call]
             qualified,
-            lambda *args, **kwargs: _implementations[qualified](*args, **kwargs),
+            functools.partial(_run, qualified),
             "CompositeImplicitAutograd",
         )
     operator: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload or "default")
     return operator
+
+
+def _run(qualified: str, *args: Any, **kwargs: Any) -> Any:
+    return _implementations[qualified](*args, **kwargs)
+
+
+# An operator's body is one step. After a graph break Dynamo would otherwise trace into it, frame by frame.
+set_code_exec_strategy(_run.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -139,6 +153,7 @@ class _Pulled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, *tensors = ctx.saved_tensors
         if grad is not None:
+            grad = grad.to_dense() if grad.is_sparse else grad
             wide = accumulation_dtype(weight.dtype)
             pulled = ctx.formula(grad.to(wide), weight.detach().to(wide), tuple(tensors), ctx.arguments)
             grad = pulled.to(weight.dtype)

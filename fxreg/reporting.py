@@ -7,7 +7,7 @@ from typing import overload
 
 from torch import nn
 
-from .errors import RuleError
+from .errors import FxregError, RuleError
 from .matching import match
 from .module import RegularizedModule, emitted, state_of
 from .planning import Plan, plan
@@ -67,6 +67,8 @@ def explain(model: nn.Module, rules: Rule | Iterable[Rule] | None = None) -> Pla
     ------  --------  -----------  -------  ------  ----------  -------
     l1      l1(0.1)   weight       2×4           8  penalty
     """
+    if not isinstance(model, nn.Module):
+        raise FxregError(f"explain: model must be an nn.Module, got {model!r}.")
     if rules is not None:
         if isinstance(model, RegularizedModule):
             raise RuleError("explain(gm) takes no rules: they are in the module. For a dry run, pass the model.")

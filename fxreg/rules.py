@@ -97,11 +97,11 @@ class Rule(_Acts, _Keys):
             raise RuleError(f"{who}: optional must be True or False, got {optional!r}.")
         if where is not None and not callable(where):
             raise RuleError(f"{who}: where must be a function of a Site, got {where!r}.")
-        if on not in ("param", "output", "input"):
+        if not isinstance(on, str) or on not in ("param", "output", "input"):
             raise RuleError(f"{who}: on must be 'param', 'output' or 'input', got {on!r}.")
         if on != "param" or op is not None:
             raise RuleError(f"{who}: rules on activations (op=, on='output', on='input') are not there yet.")
-        if via is not None and via not in effect.definition.vias:
+        if via is not None and not (isinstance(via, str) and via in effect.definition.vias):
             has = ", ".join(map(repr, effect.definition.vias))
             raise RuleError(f"{who}: {effect.name} has no via={via!r}; it has {has}.")
         fields: dict[str, Any] = {
@@ -137,23 +137,27 @@ class Rule(_Acts, _Keys):
         """How the rule acts: its own `via`, or the effect's first."""
         return self.via or self.effect.definition.default_via
 
+    def conditions(self) -> list[str]:
+        """The fields that select, as they were given."""
+        return self._given(_Keys)
+
+    def _given(self, fields: type) -> list[str]:
+        values = {name: getattr(self, name) for name in fields.__dataclass_fields__}  # type: ignore[attr-defined]
+        defaults = {name: spec.default for name, spec in fields.__dataclass_fields__.items()}  # type: ignore[attr-defined]
+        return [f"{name}={_shown(value)}" for name, value in values.items() if value != defaults[name]]
+
     def __repr__(self) -> str:
-        shown = [repr(self.effect)]
-        for base in (_Keys, _Acts):
-            for field, spec in base.__dataclass_fields__.items():
-                value = getattr(self, field)
-                if value != spec.default and value is not None:
-                    shown.append(f"{field}={_shown(value)}")
-        return f"Rule({', '.join(shown)})"
+        return f"Rule({', '.join([repr(self.effect), *self._given(_Keys), *self._given(_Acts)])})"
 
 
 def checked_rules(rules: "Rule | Iterable[Rule]") -> tuple[Rule, ...]:
     """The rules as a tuple; a bare rule is a list of one."""
     if isinstance(rules, Rule):
         return (rules,)
-    if isinstance(rules, str | bytes) or not isinstance(rules, Iterable):
-        raise RuleError(f"rules must be a sequence of fxreg.Rule, got {rules!r}.")
-    result = tuple(rules)
+    try:
+        result = tuple(rules)
+    except TypeError:
+        raise RuleError(f"rules must be a sequence of fxreg.Rule, got {rules!r}.") from None
     for position, rule in enumerate(result):
         if not isinstance(rule, Rule):
             raise RuleError(f"rules[{position}] must be a fxreg.Rule, got {rule!r}.")
@@ -182,9 +186,10 @@ def _shown(value: object) -> str:
 def _several(value: object, field: str, who: str) -> Sequence[Any]:
     if isinstance(value, str | re.Pattern | type):
         return (value,)
-    if not isinstance(value, Iterable):
-        raise RuleError(f"{who}: {field} must be one pattern or several, got {value!r}.")
-    return tuple(value)
+    try:
+        return tuple(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise RuleError(f"{who}: {field} must be one or several, got {value!r}.") from None
 
 
 def _checked_layers(layer: object, who: str) -> tuple[Layer, ...] | None:
@@ -208,6 +213,6 @@ def _checked_pattern(pattern: object, field: str, who: str) -> Pattern:
     if pattern.startswith(_REGEX):
         try:
             re.compile(pattern.removeprefix(_REGEX))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise RuleError(f"{who}: {field}={pattern!r} does not compile: {error}.") from None
     return pattern

@@ -53,6 +53,8 @@ def replace_field(value: Any, field: str, new: Any) -> Any:
     """A copy of a mapping, named tuple or dataclass with one field replaced."""
     if hasattr(value, "_replace"):
         return value._replace(**{field: new})
+    if type(value) is dict:
+        return {**value, field: new}
     result = copy.copy(value)
     if isinstance(result, dict):
         result[field] = new

@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from .capture import Captured, Examples, capture, split_examples
+from .capture import Captured, Examples, capture, refuse_transformed, split_examples
 from .errors import CaptureError, FxregError
 from .lowering import lower
 from .matching import match
@@ -56,6 +56,7 @@ def transform(
         raise CaptureError(f"model must be an nn.Module, got {type(model).__name__}.")
     if emit not in get_args(Emit):
         raise FxregError(f"emit must be one of {', '.join(map(repr, get_args(Emit)))}, got {emit!r}.")
+    refuse_transformed(model)
     if example_inputs is not None:
         split_examples(example_inputs)
     planned = plan(match(model, checked_rules(rules)))

@@ -23,6 +23,11 @@ import fxreg
 from .models import CASES, build
 from .reference import Gradients, Term, assert_same, by_hand, objective, penalty_terms, transform_terms, twin
 
+pytestmark = [  # torch's own: of vmap without a batching rule, and of Dynamo looking at its inputs after a graph break
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
 EMITS = ("backward", "output", "loss")
 LOWERINGS = ("penalty", "gradient", "transform", "mixed")
 
@@ -82,7 +87,7 @@ class Cell:
 
     def actual(self, run: Callable[[nn.Module], Any] | None = None, module: nn.Module | None = None) -> Gradients:
         torch.manual_seed(7)
-        module = module or self.gm
+        module = self.gm if module is None else module
         output = run(module) if run else module(*self.inputs)
         return gradients_of(self.model, loss_of(output, self.emit))
 
@@ -100,8 +105,7 @@ def evaluation(cell: Cell, tolerance: float) -> None:
 
 
 def aot_eager(cell: Cell, tolerance: float) -> None:
-    whole = not isinstance(getattr(cell.model, "model", cell.model), torch.nn.Module) or _compiles_whole(cell)
-    compiled = torch.compile(cell.gm, backend="aot_eager", fullgraph=whole)
+    compiled = torch.compile(cell.gm, backend="aot_eager", fullgraph=_compiles_whole(cell))
     assert_same(cell.actual(module=compiled), cell.expected(), tolerance)
 
 
@@ -201,7 +205,10 @@ def autocast(cell: Cell, tolerance: float) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return model(*cell.inputs)
 
-    assert_same(cell.actual(run), cell.expected(run), max(tolerance, 1e-5))
+    # Autocast casts a leaf once and adds its uses' gradients in bfloat16; it casts a transformed weight at every use
+    # and adds them in float32. The two agree to bfloat16's precision, and bitwise where a weight is used once.
+    transformed = any(term.via == "gradient" or term.transform for term in cell.terms)
+    assert_same(cell.actual(run), cell.expected(run), 2.0**-8 if transformed else tolerance)
 
 
 def scaled(cell: Cell, tolerance: float) -> None:
