@@ -4,9 +4,13 @@ They hold what an operator's schema cannot: modules, and outputs of any structur
 re-tracing keep as a node (`is_wrapped`), and none of them has a backward of its own.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from .errors import CaptureError, FxregError
@@ -34,10 +38,38 @@ def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
     recurrent = [inner for inner in module.modules() if isinstance(inner, nn.RNNBase)]
     kept = [(inner._flat_weights, inner._flat_weight_refs) for inner in recurrent]
     try:
-        return torch.func.functional_call(module, dict(substitutes), args, dict(kwargs))
+        with _without_reentrant_checkpoints():
+            return torch.func.functional_call(module, dict(substitutes), args, dict(kwargs))
     finally:
         for inner, (weights, references) in zip(recurrent, kept, strict=True):
             inner._flat_weights, inner._flat_weight_refs = weights, references
+
+
+@contextmanager
+def _without_reentrant_checkpoints() -> Iterator[None]:
+    """A reentrant checkpoint calls the module again in the backward pass, with its own parameters: refuse it here."""
+    if torch.compiler.is_compiling():  # Dynamo captures the checkpoint with what it uses
+        yield
+        return
+    function, thread = torch.utils.checkpoint.CheckpointFunction, threading.get_ident()
+    original = vars(function).get("apply")
+
+    def apply(*args: Any) -> Any:
+        if threading.get_ident() != thread:
+            return super(function, function).apply(*args)  # type: ignore[no-untyped-call]
+        raise CaptureError(
+            "a parameter whose gradient a rule transforms is used inside a reentrant checkpoint, whose backward pass "
+            "would bypass the rule. Checkpoint with use_reentrant=False, or use via='penalty'."
+        )
+
+    function.apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if original is None:
+            del function.apply
+        else:
+            function.apply = original  # type: ignore[method-assign]
 
 
 def attach(output: Any, penalties: list[Tensor], scale: Tensor) -> Any:

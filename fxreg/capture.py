@@ -60,19 +60,19 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
     arguments = read_arguments(model, example_inputs)
     odd = (f"argument {a.name!r} {a.oddity}" for a in arguments if a.oddity)
     reason = whole_reason(model) or next(odd, None)
-    # Comparing the random state around every module is slow: it is done only after the first trace drew from it.
-    for watch_rng in () if reason else (False, True):
+    for watch in () if reason else (False, True):
         tracer = SoundTracer(model, root_alias=f"{CHILD}.model")
         try:
-            graph = _trace(tracer, arguments, watch_rng)
+            graph = _trace(tracer, arguments, watch)
         except Untraceable as failure:
             reason = str(failure)
         else:
-            if not tracer.drew_random:
+            reason = tracer.side_effect
+            if reason is None:
                 return Captured(graph, tracer.opaque)
-        if not tracer.drew_random:
+        if tracer.side_effect is None:
             break
-    return Captured(_whole(arguments), {"": reason or "draws from Python's or NumPy's random numbers"})
+    return Captured(_whole(arguments), {"": reason or ""})
 
 
 def refuse_transformed(model: nn.Module) -> None:
@@ -87,7 +87,10 @@ def refuse_transformed(model: nn.Module) -> None:
 
 def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[Argument, ...]:
     """The forward's arguments, in the order of its signature."""
-    signature = inspect.signature(model.forward)
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError as error:
+        raise CaptureError(f"{type(model).__name__}.forward has no signature to read: {error}.") from None
     given: dict[str, Any] = {}
     if example_inputs is not None:
         args, kwargs = split_examples(example_inputs)
@@ -139,7 +142,7 @@ def _annotated_oddity(annotation: Any) -> str | None:
     return f"is annotated {name}" if name.partition("[")[0].rpartition(".")[2] in _PLAIN_TYPES else None
 
 
-def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...], watch_rng: bool) -> fx.Graph:
+def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...], watch: bool) -> fx.Graph:
     nodes = _add_placeholders(tracer.graph, arguments)
 
     def run() -> Any:
@@ -147,9 +150,9 @@ def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...], watch_rng: bool
         args = [values.pop(a.name) for a in arguments if a.is_open and a.by_position]
         return tracer.create_arg(tracer.root.forward(*args, **values))
 
-    result = tracer.trace_root(run, watch_rng)
+    result = tracer.trace_root(run, watch)
     for argument in arguments:
-        if argument.is_open and (argument.name in _undecided(arguments) or tracer.asked_type(nodes[argument.name])):
+        if argument.is_open and (argument.name in _undecided(arguments) or tracer.must_assert(nodes[argument.name])):
             tracer.expect(nodes[argument.name], f"argument {argument.name!r}")
     tracer.graph.output(result)
     return copy.deepcopy(tracer.graph)  # with names as if what was rolled back had never been
@@ -172,23 +175,28 @@ def _whole(arguments: tuple[Argument, ...]) -> fx.Graph:
 def _add_placeholders(graph: fx.Graph, arguments: tuple[Argument, ...]) -> dict[str, fx.Node]:
     """The arguments in the order of the signature, so that they keep their positions; fixed ones are checked."""
     nodes, optional = {}, False
-    fixed = []
+    fixed: list[tuple[Any, ...]] = []
     for argument in arguments:
-        if not argument.is_open and not isinstance(argument.default, _WRITABLE):
-            continue  # cannot be written as code: the argument is not there at all, and passing it raises
         if optional or argument.default is not inspect.Parameter.empty:
             optional = True
-            default = None if argument.default is inspect.Parameter.empty else argument.default
-            node = graph.placeholder(argument.name, default_value=default if isinstance(default, _WRITABLE) else None)
+            default = argument.default if _is_writable(argument.default) else ...
+            node = graph.placeholder(argument.name, default_value=default)
         else:
             node = graph.placeholder(argument.name)
         if argument.is_open:
             nodes[argument.name] = node
         else:
-            fixed.append((node, argument.default, argument.name))
+            fixed.append((node, default, argument.name))
     for check in fixed:
         graph.call_function(calls.expect_default, check).meta["is_wrapped"] = True
     return nodes
+
+
+def _is_writable(default: Any) -> bool:
+    """Whether code can say it; any other default is written as an ellipsis, and passing the argument raises."""
+    if type(default) is tuple:
+        return all(map(_is_writable, default))
+    return isinstance(default, _WRITABLE)
 
 
 def _undecided(arguments: tuple[Argument, ...]) -> set[str]:

@@ -14,6 +14,7 @@ from . import calls, operators
 from .capture import Captured
 from .effects import Effect, Gradient, Penalty, strength_name
 from .errors import CaptureError
+from .hidden_uses import hidden_uses
 from .module import CHILD, Provenance, RegularizedModule, State
 from .planning import Emit, LeaveToCompanion, Penalize, Plan, PullBack
 
@@ -117,7 +118,7 @@ class _Lowering:
         if not pulls:
             return
         names = _parameter_names(self.model)
-        _refuse_hidden_uses(self.model, pulls, names)
+        _refuse_hidden_uses(self.model, pulls)
         uses = list(self.graph.nodes)
         first = next(node for node in self.graph.nodes if node.op != "placeholder")
         with self.graph.inserting_before(first):
@@ -242,31 +243,15 @@ def _stream_key(edit: PullBack) -> int:
     return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
 
 
-def _refuse_hidden_uses(model: nn.Module, pulls: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """A parameter kept in a plain attribute as well would be used untransformed from there."""
-    sites = {id(model.get_parameter(name)): site for name, site in names.items() if site in pulls}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):
-            continue  # refreshes its flat list when a parameter was replaced
-        for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_modules", "_buffers"):
-                continue
-            for held in _parameters_within(value):
-                if id(held) in sites:
-                    site = sites[id(held)]
-                    raise CaptureError(
-                        f"rule {pulls[site][0].label!r} transforms the gradient of {site!r}, but "
-                        f"{type(module).__name__} at {path!r} also keeps that parameter in its attribute "
-                        f"{attribute!r}, where it would be used untransformed. Use an nn.ParameterList or "
-                        "nn.ParameterDict, or via='penalty'."
-                    )
-
-
-def _parameters_within(value: Any, depth: int = 3) -> list[nn.Parameter]:
-    if isinstance(value, nn.Parameter):
-        return [value]
-    if depth and isinstance(value, list | tuple | set):
-        return [p for one in value for p in _parameters_within(one, depth - 1)]
-    if depth and isinstance(value, dict):
-        return [p for one in value.values() for p in _parameters_within(one, depth - 1)]
-    return []
+def _refuse_hidden_uses(model: nn.Module, pulls: Mapping[str, tuple[PullBack, ...]]) -> None:
+    """A parameter that is also reached past its name would be used untransformed there."""
+    parameters = dict(model.named_parameters())
+    sites = {id(parameters[site]): site for site in pulls}
+    for path, attribute, identity in hidden_uses(model, sites):
+        site = sites[identity]
+        raise CaptureError(
+            f"rule {pulls[site][0].label!r} transforms the gradient of {site!r}, but that parameter is also held in "
+            f"the attribute {attribute!r} of {path or 'the model'!r} ({type(model.get_submodule(path)).__name__}), "
+            "where it would be used untransformed. Register it once (nn.ParameterList, nn.ParameterDict, nn.ModuleList"
+            "), or use via='penalty'."
+        )

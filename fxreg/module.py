@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -144,6 +144,10 @@ class RegularizedModule(fx.GraphModule):
         if CHILD in modules:
             modules[CHILD].training = mode
 
+    def train(self, mode: bool = True) -> Self:
+        state_of(self).model.train(mode)  # its class may do more than set flags
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in vars(self).items() if k not in ("_graph", "_code")}
         return (_restored, (), {"attributes": state, "graph": _written(self.graph), "name": type(self).__name__})
@@ -169,7 +173,7 @@ def emitted(gm: nn.Module) -> RegularizedModule:
     Raises:
         FxregError: the module was not emitted by `fxreg.transform`, or was re-traced since.
     """
-    found = getattr(gm, "_orig_mod", gm)
+    found = gm if isinstance(gm, RegularizedModule) else getattr(gm, "_orig_mod", None)
     if not isinstance(found, RegularizedModule):
         raise FxregError(f"expected a module that fxreg.transform returned, got {type(gm).__name__}.")
     return found

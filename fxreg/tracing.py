@@ -6,31 +6,31 @@ kept. Nothing that depends on the moment of tracing is baked in: `training` flag
 nodes, and any tensor computed at trace time is a reason to give up.
 """
 
-import collections
-import copy
 import dis
 import math
 import operator
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import immutable_collections
 from torch.fx.proxy import Attribute
 from torch.nn.modules import module as module_globals
 from torch.overrides import TorchFunctionMode
 
 from .calls import expect_tensor, unpack
+from .scanning import untraceable_reason
+from .snapshots import Snapshot
 
 _LAYERS = ("torch.nn.modules.", "torch.nn.utils.parametrize", "torch.ao.nn.")
+_IMMUTABLE = (immutable_collections.immutable_list, immutable_collections.immutable_dict)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
-_BOOKKEEPING = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
-_CONTAINERS = (list, dict, set, collections.deque)
 _ACCEPT_NONE = {operator.eq, operator.ne, operator.is_, operator.is_not, operator.contains}
 _CHANGES = (
     "__delattr__", "register_buffer", "register_parameter", "add_module", "register_forward_hook",
@@ -76,6 +76,10 @@ class TracedValue(fx.Proxy):
         self.tracer.check_known_structure(self)
         return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
 
+    @property
+    def keys(self) -> Any:
+        self.tracer.give_up("asks for keys of a value")
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
@@ -100,7 +104,7 @@ def _in_place(target: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name in (
     "bool", "len", "int", "float", "complex", "index", "contains", "format", "array", "round", "trunc", "floor",
-    "ceil", "enter", "exit", "reversed", "delitem", "dlpack",
+    "ceil", "enter", "exit", "reversed", "delitem", "dlpack", "hash", "repr", "str", "copy", "deepcopy", "reduce_ex",
 ):  # fmt: skip
     setattr(TracedValue, f"__{_name}__", _refusing(f"__{_name}__"))
 
@@ -142,14 +146,19 @@ class SoundTracer(fx.Tracer):
         self._opaque_results: dict[fx.Node, str] = {}
         self._asked_type: set[fx.Node] = set()
         self._scope: list[tuple[str, type]] = []
-        self._watch_rng = False
-        self.drew_random = False
+        self._watches = False
+        self.side_effect: str | None = None
 
     # What the forward asks of its values.
 
     def give_up(self, reason: str) -> NoReturn:
         self._poison = self._poison or reason
         raise Untraceable(reason)
+
+    def check_poison(self) -> None:
+        """A forward may have swallowed what `give_up` raised, with a bare except."""
+        if self._poison:
+            raise Untraceable(self._poison)
 
     def claimed_type(self, value: TracedValue) -> type:
         if value.node.op != "placeholder":
@@ -167,9 +176,6 @@ class SoundTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Any:
         self.give_up("iterates over a value")
 
-    def keys(self, obj: fx.Proxy) -> Any:
-        self.give_up("unpacks a value with **")
-
     def to_bool(self, obj: fx.Proxy) -> bool:
         self.give_up("branches on a value")
 
@@ -182,9 +188,16 @@ class SoundTracer(fx.Tracer):
             return self.create_node("get_attr", self._tensors[id(a)], (), {})
         if isinstance(a, nn.Module):
             self.give_up(f"passes the module {type(a).__name__} to a function")
+        if isinstance(a, list | dict) and type(a) not in (list, dict) and not isinstance(a, _IMMUTABLE):
+            self.give_up(f"builds a {type(a).__name__}")
+        if type(a).__module__ == "numpy" and isinstance(a, float | int | complex):
+            return a.item()  # type: ignore[union-attr]
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.check_poison()
+        if threading.get_ident() != self._thread:
+            self.give_up("runs part of itself in another thread")
         if _ambient_state() != self._ambient:
             self.give_up("runs part of itself in another grad, autocast or inference mode")
         node = super().create_node(*args, **kwargs)
@@ -206,7 +219,12 @@ class SoundTracer(fx.Tracer):
         return path
 
     def call_submodule(self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.check_poison()
         path = self.path_of(module)
+        if not path:
+            self.give_up("calls itself")
+        if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
+            self.give_up(f"calls {path!r}, whose class overrides __call__")
         if type(module).__module__.startswith(_LAYERS) and type(module) is not nn.Sequential:
             return self._call(path, module, args, kwargs)  # torch's own layers: what people know the model by
         reason = whole_reason(module)
@@ -220,9 +238,13 @@ class SoundTracer(fx.Tracer):
             except (Untraceable, Exception) as error:
                 reason = self._poison or described(error)
                 self._poison = None
+                if self._watches:
+                    self._put_back()
                 self._roll_back(before)
                 self._opaque_results, self._asked_type, self.opaque = results, asked, inner
         self.opaque[path] = reason
+        if _holds_mutable((*args, *kwargs.values())):
+            self.give_up(f"passes a list or dict to opaque {path!r}, which may change it")
         result = self._call(path, module, args, kwargs)
         self._opaque_results[result.node] = path
         return result
@@ -241,24 +263,28 @@ class SoundTracer(fx.Tracer):
 
     def run_traced(self, module: nn.Module, path: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a forward on proxies; raise if it did anything that a graph cannot hold."""
-        last, held = self._last(), _held_containers(module)
-        rng = rng_state() if self._watch_rng else None
+        last = self._last()
         self._scope.append((path, type(module)))
         try:
             result = run(*args, **kwargs)
-            if self._poison:
-                raise Untraceable(self._poison)
-            if changed := _restore_containers(module, held):
-                self.give_up(f"changes its attribute {changed!r}")
-            if rng is not None and rng != rng_state():
-                self.give_up("draws from Python's or NumPy's random numbers")
+            self.check_poison()
+            if self._watches and (changed := self._put_back()):
+                self.give_up(changed)
             self._check_opaque_results(last)
             return result
-        except BaseException:
-            _restore_containers(module, held)
-            raise
         finally:
             self._scope.pop()
+
+    def _put_back(self) -> str | None:
+        """Undo what running a forward did beside its values, and say what it was."""
+        what = None
+        if changed := self._snapshot.changed():
+            what = f"changes {changed}"
+            self._snapshot.restore()
+        if rng_state() != self._rng:
+            what = what or "draws random numbers that a graph would freeze"
+            set_rng_state(self._rng)
+        return what
 
     def _check_opaque_results(self, last: fx.Node | None) -> None:
         """A forward may have asked `x is None` of what an opaque module returned, and no proxy can see that. Each
@@ -278,8 +304,9 @@ class SoundTracer(fx.Tracer):
         checked.meta.update(is_wrapped=True, nn_module_stack=dict(node.meta.get("nn_module_stack", {})))
         node.replace_all_uses_with(checked, delete_user_cb=lambda user: user is not checked)
 
-    def asked_type(self, node: fx.Node) -> bool:
-        return node in self._asked_type
+    def must_assert(self, node: fx.Node) -> bool:
+        """Whether a value was asked for its type, or may be None without anything noticing."""
+        return node in self._asked_type or not _enforces_tensor(node)
 
     def _last(self) -> fx.Node | None:
         return next(iter(reversed(self.graph.nodes)), None)
@@ -290,10 +317,14 @@ class SoundTracer(fx.Tracer):
 
     # The root.
 
-    def trace_root(self, run: Callable[[], Any], watch_rng: bool = False) -> Any:
-        """Run the root's forward under all patches and return what it returned; raises if it cannot be traced."""
-        self._watch_rng = watch_rng
-        before = rng_state()
+    def trace_root(self, run: Callable[[], Any], watch: bool = False) -> Any:
+        """Run the root's forward under all patches and return what it returned; raises if it cannot be traced.
+
+        Comparing all Python state after every module is slow. It is done with `watch`, once a first trace has found
+        in `side_effect` that there is something to find.
+        """
+        self._watches = watch
+        self._snapshot, self._rng = Snapshot(self._paths), rng_state()
         with _intercepted(self):
             self._ambient = _ambient_state()
             try:
@@ -301,7 +332,8 @@ class SoundTracer(fx.Tracer):
             except Exception as error:
                 raise Untraceable(self._poison or described(error)) from error
             finally:
-                self.drew_random = rng_state() != before
+                with torch._C.DisableTorchFunction():
+                    self.side_effect = self._put_back()
 
 
 class _NoTensorWork(TorchFunctionMode):
@@ -335,7 +367,11 @@ def whole_reason(module: nn.Module) -> str | None:
         return None
     if type(module).__call__ is not nn.Module.__call__:
         return "overrides __call__"
-    return None
+    return untraceable_reason(module)
+
+
+def _holds_mutable(values: Iterable[Any]) -> bool:
+    return any(type(value) in (list, dict, set) or (type(value) is tuple and _holds_mutable(value)) for value in values)
 
 
 def _holds_proxy(value: Any) -> bool:
@@ -372,37 +408,17 @@ def _ambient_state() -> tuple[object, ...]:
 def _tensor_paths(paths: dict[nn.Module, str], root_alias: str) -> dict[int, str]:
     """Where the emitted module finds every tensor that a module keeps, by identity."""
     found: dict[int, str] = {}
+    ambiguous: set[int] = set()  # one tensor under two attributes: which of them was read?
     for module, path in paths.items():
         for attributes in (vars(module), module._buffers, module._parameters):
             # The emitted module has the root's parameters and buffers; its plain attributes stay with the original.
             owner = path or (root_alias if attributes is vars(module) else "")
             for name, value in attributes.items():
                 if isinstance(value, Tensor):
+                    if id(value) in found and attributes is vars(module):
+                        ambiguous.add(id(value))
                     found[id(value)] = f"{owner}.{name}" if owner else name
-    return found
-
-
-def _held_containers(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: copy.copy(value)
-        for name, value in vars(module).items()
-        if type(value) in _CONTAINERS and name not in _BOOKKEEPING and not name.endswith("_hooks")
-    }
-
-
-def _restore_containers(module: nn.Module, held: dict[str, Any]) -> str | None:
-    """Undo what a forward did to its module's lists, dicts and sets; the first changed one's name."""
-    changed = None
-    for name, before in held.items():
-        now = vars(module)[name]
-        same = len(now) == len(before) and all(map(operator.is_, now, before))
-        if same and isinstance(now, dict):
-            same = all(map(operator.is_, now.values(), before.values()))
-        if not same:
-            changed = changed or name
-            now.clear()
-            now.update(before) if isinstance(now, dict | set) else now.extend(before)
-    return changed
+    return {identity: path for identity, path in found.items() if identity not in ambiguous}
 
 
 def described(error: BaseException) -> str:
@@ -447,7 +463,8 @@ def _intercepted(tracer: SoundTracer) -> Iterator[None]:
             path = tracer.path_of(module)
             owner = tracer.create_proxy("get_attr", path or tracer._root_alias.partition(".")[0], (), {})
             return tracer.create_proxy("call_function", getattr, (owner, "training"), {})
-        return vars(module)["training"]
+        own = vars(module)
+        return own["training"] if "training" in own else module_getattr(module, "training")
 
     def set_training(module: nn.Module, mode: bool) -> None:
         if ours():
@@ -464,6 +481,11 @@ def _intercepted(tracer: SoundTracer) -> Iterator[None]:
         (torch, "is_grad_enabled", refusing(torch.is_grad_enabled, "reads or sets the grad mode")),
         (torch, "is_inference_mode_enabled", refusing(torch.is_inference_mode_enabled, "reads the inference mode")),
         (torch, "is_autocast_enabled", refusing(torch.is_autocast_enabled, "reads or sets autocast")),
+        (
+            torch.nn.utils.stateless,
+            "_functional_call",
+            refusing(torch.nn.utils.stateless._functional_call, "calls a module functionally"),
+        ),
         *((nn.Module, name, refusing(vars(nn.Module)[name], f"calls {name} of a module")) for name in _CHANGES),
         (
             torch.autograd.function,  # asked by every Function.apply, however it was imported
@@ -473,7 +495,6 @@ def _intercepted(tracer: SoundTracer) -> Iterator[None]:
     ]
     with _lock, torch.enable_grad():
         originals = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
-        rng = rng_state()
         try:
             for owner, name, replacement in patches:
                 setattr(owner, name, replacement)
@@ -486,20 +507,23 @@ def _intercepted(tracer: SoundTracer) -> Iterator[None]:
             for owner, name, original in originals:
                 setattr(owner, name, original)
             torch._C._set_grad_enabled(True)  # a forward that failed may have left it off
-            set_rng_state(rng)
 
 
 def rng_state() -> tuple[Any, ...]:
-    """The state of Python's generator and, where NumPy is loaded, of its global one."""
+    """The state of torch's CPU generator, Python's and, where NumPy is loaded, its global one."""
+    with torch._C.DisableTorchFunction():
+        own = bytes(torch.default_generator.get_state().tolist())
     numpy = sys.modules.get("numpy")
     if numpy is None:
-        return (random.getstate(),)
+        return (own, random.getstate())
     kind, keys, *rest = numpy.random.get_state()
-    return (random.getstate(), (kind, tuple(keys.tolist()), *rest))
+    return (own, random.getstate(), (kind, tuple(keys.tolist()), *rest))
 
 
 def set_rng_state(state: tuple[Any, ...]) -> None:
     """Set back what `rng_state` gave."""
-    random.setstate(state[0])
-    if len(state) > 1:
-        sys.modules["numpy"].random.set_state(state[1])
+    with torch._C.DisableTorchFunction():
+        torch.default_generator.set_state(torch.tensor(list(state[0]), dtype=torch.uint8, device="cpu"))
+    random.setstate(state[1])
+    if len(state) > 2:
+        sys.modules["numpy"].random.set_state(state[2])

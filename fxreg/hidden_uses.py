@@ -1,0 +1,61 @@
+"""Finding parameters that a model also reaches past their registered names, where a substitute would be missed."""
+
+import functools
+import types
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_CLOSED = (str, bytes, int, float, complex, type, types.ModuleType, torch.dtype, torch.device)
+
+
+def hidden_uses(model: nn.Module, parameters: Collection[int]) -> Iterator[tuple[str, str, int]]:
+    """The module's path, the attribute and the parameter's id, for every one of the parameters (by id) that is held
+    in a plain attribute: itself or a view of it, in containers, closures, objects or unregistered modules."""
+    registered = {id(module) for module in model.modules()}
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in _REGISTRIES or (isinstance(module, nn.RNNBase) and attribute.startswith("_flat_weight")):
+                continue  # a recurrent layer's list is taken care of where it is called
+            for identity in _held(value, registered, set()):
+                if identity in parameters:
+                    yield path, attribute, identity
+
+
+def _held(value: Any, registered: set[int], seen: set[int]) -> Iterator[int]:
+    """The ids of the tensors reachable from a value, and of those that they are views of."""
+    if id(value) in seen or isinstance(value, _CLOSED) or id(value) in registered:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield id(value)
+        if value._base is not None:
+            yield id(value._base)
+    for inside in _inside(value):
+        yield from _held(inside, registered, seen)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    match value:
+        case dict():
+            yield from value.values()
+        case list() | tuple() | set() | frozenset():
+            yield from value
+        case functools.partial():
+            yield from (value.func, *value.args, *value.keywords.values())
+        case types.MethodType():
+            yield from (value.__self__, value.__func__)
+        case types.FunctionType():
+            for cell in value.__closure__ or ():
+                try:
+                    yield cell.cell_contents
+                except ValueError:  # not filled yet
+                    continue
+            yield from value.__defaults__ or ()
+        case nn.Module():
+            yield from vars(value).values()
+        case _ if isinstance(getattr(value, "__dict__", None), dict):
+            yield from vars(value).values()
