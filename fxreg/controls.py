@@ -29,11 +29,11 @@ class Strengths(MutableMapping[str, Tensor]):
             raise _UnknownLabelError(
                 f"no strength {label!r}; this module has {', '.join(map(repr, buffers)) or 'none'}."
             )
-        return self._state.get_buffer(buffers[label])
+        return self._state.get_buffer(buffers[label])[0]
 
     def __setitem__(self, label: str, value: float | Tensor) -> None:
         buffer = self[label]
-        if isinstance(value, Tensor) and value.device.type != "cpu":
+        if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
             # No look at the value: that would wait for the device.
             if value.ndim:
                 raise RuleError(f"strengths[{label!r}]: a strength is a 0-d tensor, got shape {tuple(value.shape)}.")
@@ -93,8 +93,8 @@ def set_loss_scale(gm: nn.Module, scale: float | Tensor) -> None:
     >>> fxreg.set_loss_scale(gm, 1 / 4)
     """
     state = state_of(gm)
-    if isinstance(scale, Tensor) and scale.device.type != "cpu" and scale.ndim == 0:
-        state.loss_scale.copy_(scale.detach())
+    if isinstance(scale, Tensor) and scale.device.type not in ("cpu", "meta") and scale.ndim == 0:
+        state.loss_scale[0].copy_(scale.detach())
     else:
         try:
             value = checked_strength(scale, "set_loss_scale")

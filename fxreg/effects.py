@@ -153,7 +153,8 @@ class Definition(Generic[P]):
 
     def register(self) -> None:
         """Enter the registry, replacing an effect of the same name, and define the operators."""
-        self.fingerprint = "x" + hashlib.sha256("\n".join(map(_source, self._functions())).encode()).hexdigest()[:8]
+        meaning = "\n".join([repr(self.parameters), *map(_source, self._functions())])
+        self.fingerprint = "x" + hashlib.sha256(meaning.encode()).hexdigest()[:8]
         self._define_operators()
         registry[self.name] = self
 
@@ -169,7 +170,12 @@ class Definition(Generic[P]):
         except Exception as error:
             raise RuleError(f"effect {self.name!r}: an annotation cannot be resolved: {error}.") from None
         own = list(inspect.signature(self.function).parameters.values())
-        if len(own) < self.leading or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own):
+        first = {p.kind for p in own[: self.leading]}
+        if (
+            len(own) < self.leading
+            or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own)
+            or inspect.Parameter.KEYWORD_ONLY in first
+        ):
             raise RuleError(
                 f"effect {self.name!r}: its function must take {self.leading} tensor(s) first and then named "
                 f"parameters, but its signature is {inspect.signature(self.function)}."
@@ -216,6 +222,11 @@ class Definition(Generic[P]):
 
 def _named(names: tuple[str, ...], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, tensors, strict=True))
+
+
+def _as_given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """An operator's arguments as its formula takes them: the dispatcher turns tuples into lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
 
 
 def _on_meta(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +277,7 @@ class PenaltyFormula:
         strengths: Mapping[str, Tensor],
         arguments: Mapping[str, Any],
     ) -> Tensor:
-        live = {name: strength.to(device=weight.device, dtype=weight.dtype) for name, strength in strengths.items()}
+        live = {name: strength.reshape(()).to(weight) for name, strength in strengths.items()}
         with operators.without_autocast(weight.device):
             factor = live.pop("strength") if self.implicit else None
             if seed is not None:
@@ -325,6 +336,7 @@ class Penalty(Definition[P]):
         def value(weight: Tensor, *tensors: Tensor, value: bool = True, **arguments: Any) -> Tensor:
             if not value and not (torch.is_grad_enabled() and weight.requires_grad):
                 return weight.new_zeros((), dtype=operators.accumulation_dtype(weight.dtype))
+            arguments = _as_given(arguments)
             if not value and formula.closed_form is not None:
                 return operators.deferred(seeded, arguments, weight, *tensors)
             return formula.value(weight, _named(names, tensors), arguments)
@@ -335,7 +347,7 @@ class Penalty(Definition[P]):
         def pull(grad: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
             scale, *strengths = tensors
             # Subtracting the negative: Inductor turns `mm + r` into addmm, which writes r and reads it back.
-            return grad - seeded(-scale.to(grad), weight, tuple(strengths), arguments)
+            return grad - seeded(-scale.reshape(()).to(grad), weight, tuple(strengths), arguments)
 
         self.operator = operators.define(
             self.name, self.fingerprint, self.schema("Tensor weight", tail="bool value=True"), value
@@ -345,7 +357,7 @@ class Penalty(Definition[P]):
                 f"{self.name}_gradient",
                 self.fingerprint,
                 self.schema("Tensor weight", "Tensor scale"),
-                lambda weight, *tensors, **arguments: operators.pulled(pull, arguments, weight, *tensors),
+                lambda weight, *tensors, **arguments: operators.pulled(pull, _as_given(arguments), weight, *tensors),
             )
 
 
@@ -364,14 +376,14 @@ class GradientFormula:
         arguments: Mapping[str, Any],
     ) -> Tensor:
         """scale · f(grad / scale); with scale ≠ 1 a gradient that is not finite passes unchanged."""
-        factor = scale.to(grad)
-        cast = {
-            name: tensor.to(device=grad.device, dtype=grad.dtype if tensor.is_floating_point() else None)
-            for name, tensor in (*live.items(), *arguments.items())
-            if isinstance(tensor, Tensor)
-        }
+        factor = scale.reshape(()).to(grad)
+        cast = {name: v.to(grad.device) for name, v in arguments.items() if isinstance(v, Tensor)}
+        for name, tensor in live.items():
+            cast[name] = tensor.reshape(()).to(grad) if tensor.is_floating_point() else tensor.to(grad.device)
         with operators.without_autocast(grad.device):
             result = self.function(grad / factor, weight, **{**arguments, **cast}) * factor
+            if result.shape != grad.shape:
+                raise RuleError(f"the new gradient has shape {tuple(result.shape)}, the old one {tuple(grad.shape)}")
             return torch.where((factor == 1) | grad.isfinite().all(), result, grad)
 
 
@@ -393,10 +405,8 @@ class Gradient(Definition[P]):
         live = {name: weight.new_ones(()) for name in self.live_names}
         if self.has_stream:
             live["stream"] = weight.new_ones(2, dtype=torch.int64)
-        result = self.formula.transform(weight, weight, weight.new_ones(()), live, _on_meta(effect.arguments))
-        if result.shape == weight.shape:
-            return None
-        return f"the new gradient has shape {tuple(result.shape)}, and must have the parameter's"
+        self.formula.transform(weight, weight, weight.new_ones(()), live, _on_meta(effect.arguments))
+        return None
 
     def _define_operators(self) -> None:
         if self.detach:
@@ -414,7 +424,7 @@ class Gradient(Definition[P]):
         def gradient(weight: Tensor, *tensors: Tensor, **arguments: Any) -> Tensor:
             if stream_at is not None:
                 operators.advance(tensors[stream_at])
-            return operators.pulled(pull, arguments, weight, *tensors)
+            return operators.pulled(pull, _as_given(arguments), weight, *tensors)
 
         self.operator = operators.define(
             self.name, self.fingerprint, self.schema("Tensor weight", "Tensor scale"), gradient

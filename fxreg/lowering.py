@@ -62,14 +62,14 @@ class _Lowering:
             public = strength_name(label, effect, name)
             dtype = torch.float32 if device.type == "mps" else torch.float64
             if public not in self.strengths:
-                self.strengths[public] = self._buffer(public, torch.tensor(value, dtype=dtype, device=device))
+                self.strengths[public] = self._buffer(public, torch.tensor([value], dtype=dtype, device=device))
         for name, value in effect.arguments.items():
             if isinstance(value, Tensor) and (label, name) not in self.arguments:
                 self.arguments[label, name] = self._buffer(f"{label}.{name}", value.to(device))
 
     def _buffer(self, name: str, value: Tensor) -> str:
         """Register a buffer under the name, or the nearest one that is free and an identifier."""
-        plain = re.sub(r"\W", "_", name)
+        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
         plain = plain if plain.isidentifier() and not keyword.iskeyword(plain) else f"rule_{plain}"
         free = (plain if count == 1 else f"{plain}_{count}" for count in itertools.count(1))
         buffer = next(candidate for candidate in free if not hasattr(self.state, candidate))
@@ -86,7 +86,9 @@ class _Lowering:
     def _insert(
         self, label: str, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None, name: str = ""
     ) -> fx.Node:
-        node = self.graph.create_node(op, target, args, kwargs or {}, name=re.sub(r"\W", "_", name) or None)
+        node = self.graph.create_node(
+            op, target, args, kwargs or {}, name=re.sub(r"\W", "_", name, flags=re.ASCII) or None
+        )
         node.meta["fxreg"] = label
         if getattr(target, "__module__", None) == calls.__name__:
             node.meta["is_wrapped"] = True

@@ -164,7 +164,8 @@ def _is_named(cls: type, name: str) -> bool:
 def _torch_class(name: str) -> object:
     """The class of that name in `torch.nn`: "Linear", "nn.Linear" or "torch.nn.Linear"."""
     found: object = nn
-    for part in name.removeprefix("torch.nn.").removeprefix("nn.").split("."):
+    prefix = "torch.nn." if name.startswith("torch.nn.") else "nn."
+    for part in name.removeprefix(prefix).split("."):
         found = getattr(found, part, None)
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 

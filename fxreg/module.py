@@ -53,6 +53,7 @@ class Provenance:
 class State(nn.Module):
     """The child `fxreg`: strengths, loss scale and streams as buffers that only ever move between devices.
 
+    Scalars have shape [1]: AOTAutograd takes 0-d float64 inputs on the CPU for symbolic numbers, and compiles twice.
     It keeps the original model, outside `_modules`, so that its parameters are not counted twice.
     """
 
@@ -64,7 +65,7 @@ class State(nn.Module):
         self.scale_was_set = False
         self.warned_unbound = False
         self.backwards_watched = 0
-        self.register_buffer("loss_scale", torch.tensor(1.0, dtype=torch.float64, device="cpu"), persistent=False)
+        self.register_buffer("loss_scale", torch.tensor([1.0], dtype=torch.float64, device="cpu"), persistent=False)
 
     loss_scale: Tensor
 
@@ -177,6 +178,12 @@ def emitted(gm: nn.Module) -> RegularizedModule:
     if not isinstance(found, RegularizedModule):
         raise FxregError(f"expected a module that fxreg.transform returned, got {type(gm).__name__}.")
     return found
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The model that an emitted or compiled emitted module came from; any other module itself."""
+    found = getattr(model, "_orig_mod", model)
+    return state_of(found).model if isinstance(found, RegularizedModule) else model
 
 
 def state_of(gm: nn.Module) -> State:

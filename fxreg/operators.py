@@ -23,6 +23,7 @@ from torch._C._dynamo.eval_frame import (  # private: torch.compiler.disable, wi
     _FrameExecStrategy,
     set_code_exec_strategy,
 )
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 
@@ -85,13 +86,15 @@ class _Attach(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(count: int, scale: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # detach, not view_as: a caller may write into what it got.
-        return tuple(output.detach() for output in tensors[count:])
+    def forward(count: int, aliased: list[bool], scale: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # detach, not view_as: a caller may write into what it got. Not so where two outputs share memory: autograd
+        # would not see the write in the other one, and raises for view_as.
+        pairs = zip(tensors[count:], aliased, strict=True)
+        return tuple(output.view_as(output) if shared else output.detach() for output, shared in pairs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        count, scale, *tensors = inputs
+        count, _, scale, *tensors = inputs
         ctx.save_for_backward(scale)
         ctx.dtypes = [penalty.dtype for penalty in tensors[:count]]
         ctx.devices = [penalty.device for penalty in tensors[:count]]
@@ -101,10 +104,10 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         seeds = (scale.to(device=device, dtype=dtype) for device, dtype in zip(ctx.devices, ctx.dtypes, strict=True))
-        return (None, None, *seeds, *grads)
+        return (None, None, None, *seeds, *grads)
 
     @staticmethod
-    def jvp(ctx: Any, count: None, scale: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, count: None, aliased: None, scale: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(t if t is None else t.view_as(t) for t in tangents[len(ctx.dtypes) :])
 
 
@@ -184,12 +187,16 @@ def _now(tensor: Tensor) -> Tensor:
 def advance(stream: Tensor) -> None:
     """Count one more forward call in a random stream `[key, step]`, outside any functorch transform."""
     if torch.is_grad_enabled():
+        while is_functorch_wrapped_tensor(stream):
+            stream = get_unwrapped(stream)
         with torch.no_grad(), temporarily_clear_interpreter_stack():
             stream.select(0, 1).add_(1)
 
 
 def _attach(outputs: Sequence[Tensor], penalties: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
-    return list(_apply(_Attach, len(penalties), scale.detach().clone(), *penalties, *outputs))
+    bases = [id(output._base) if output._is_view() else id(output) for output in outputs]
+    aliased = [bases.count(base) > 1 for base in bases]
+    return list(_apply(_Attach, len(penalties), aliased, _now(scale).reshape(()), *penalties, *outputs))
 
 
 def _total(penalties: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from .effects import OptimizerOption, Penalty
 from .errors import RuleError
 from .matching import match
-from .module import RegularizedModule, bind, state_of
+from .module import bind, original
 from .planning import LeaveToCompanion, plan
 from .rules import Rule, checked_rules
 
@@ -56,8 +56,7 @@ def param_groups(
         raise RuleError(
             f"param_groups: optimizer must be an optimizer class such as torch.optim.SGD, got {optimizer!r}."
         )
-    if isinstance(model, RegularizedModule):
-        model = state_of(model).model
+    model = original(model)
     edits = plan(match(model, checked_rules(rules))).companions("optimizer")
     options = inspect.signature(optimizer).parameters
     decay: dict[str, float] = {}

@@ -90,9 +90,9 @@ class Rule(_Acts, _Keys):
             raise RuleError(f"{who}: effect={effect!r} lacks its strength; call it: fxreg.{effect.name}(…).")
         if not isinstance(effect, Effect):
             raise RuleError(f"{who}: effect must be an effect such as fxreg.l1(1e-4), got {effect!r}.")
-        who = f"rule {label or effect.name!r}"
         if label is not None and (not isinstance(label, str) or not label):
             raise RuleError(f"{who}: label must be a non-empty string, got {label!r}.")
+        who = f"rule {label or effect.name!r}"
         if not isinstance(optional, bool):
             raise RuleError(f"{who}: optional must be True or False, got {optional!r}.")
         if where is not None and not callable(where):

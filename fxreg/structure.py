@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,11 +83,13 @@ def _holds_no_tensor(value: Any, depth: int = 4) -> bool:
     """Whether no tensor is found among an unknown object's attributes and items, a few levels down."""
     if isinstance(value, Tensor):
         return False
-    if isinstance(value, (*_INERT, type, torch.nn.Module)) or callable(value):
+    if isinstance(value, (*_INERT, type, torch.nn.Module, types.FunctionType, types.BuiltinFunctionType)):
         return True
     if depth == 0:
         return False
     inside = list(getattr(value, "__dict__", {}).values())
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    inside += [getattr(value, name) for name in slots if isinstance(name, str) and hasattr(value, name)]
     if isinstance(value, dict):
         inside += value.values()
     elif isinstance(value, list | tuple | set | frozenset):

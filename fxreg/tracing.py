@@ -28,7 +28,9 @@ from .scanning import untraceable_reason
 from .snapshots import Snapshot
 
 _LAYERS = ("torch.nn.modules.", "torch.nn.utils.parametrize", "torch.ao.nn.")
-_IMMUTABLE = (immutable_collections.immutable_list, immutable_collections.immutable_dict)
+_CONTAINERS = (
+    tuple, list, dict, torch.Size, immutable_collections.immutable_list, immutable_collections.immutable_dict
+)  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 _ACCEPT_NONE = {operator.eq, operator.ne, operator.is_, operator.is_not, operator.contains}
@@ -188,7 +190,8 @@ class SoundTracer(fx.Tracer):
             return self.create_node("get_attr", self._tensors[id(a)], (), {})
         if isinstance(a, nn.Module):
             self.give_up(f"passes the module {type(a).__name__} to a function")
-        if isinstance(a, list | dict) and type(a) not in (list, dict) and not isinstance(a, _IMMUTABLE):
+        named = isinstance(a, tuple) and hasattr(a, "_fields")
+        if isinstance(a, tuple | list | dict) and type(a) not in _CONTAINERS and not named:
             self.give_up(f"builds a {type(a).__name__}")
         if type(a).__module__ == "numpy" and isinstance(a, float | int | complex):
             return a.item()  # type: ignore[union-attr]

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 
+from .effects import Penalty
 from .module import RegularizedModule, State, state_of
+from .planning import PullBack
 from .structure import tensors
 
 _BACKWARDS_WATCHED = 8
@@ -18,8 +20,16 @@ def watch(gm: RegularizedModule) -> None:
     state = state_of(gm)
     if state.unbound():
         gm.register_forward_pre_hook(_warn_unbound)
-    if state.provenance.emit == "backward" and state.provenance.plan.penalties:
+    if _injected(state):
         gm.register_forward_hook(_watch_accumulation)
+
+
+def _injected(state: State) -> list[str]:
+    """The parameters to whose gradients the backward pass adds a penalty's."""
+    plan = state.provenance.plan
+    added = [edit for edit in plan.edits if isinstance(edit, PullBack) and isinstance(edit.effect.definition, Penalty)]
+    attached = plan.penalties if state.provenance.emit == "backward" else ()
+    return [edit.site for edit in (*attached, *added)]
 
 
 def _is_eager_training(module: nn.Module) -> bool:
@@ -60,8 +70,9 @@ def _check_accumulation(state: State) -> None:
     """Before a backward pass: gradients that are already there mean that it will add to them."""
     state.backwards_watched += 1
     parameters = dict(state.model.named_parameters())
-    first = parameters[state.provenance.plan.penalties[0].site]
-    if state.scale_was_set or first.grad is None or not bool(first.grad.any()):
+    gradients = [parameters[site].grad for site in _injected(state) if parameters[site].requires_grad]
+    seen = next((gradient for gradient in gradients if gradient is not None), None)
+    if state.scale_was_set or seen is None or not bool(seen.any()):
         return
     state.backwards_watched = _BACKWARDS_WATCHED
     warnings.warn(
