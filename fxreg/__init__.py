@@ -10,7 +10,7 @@ l1      l1(0.0001)  0.weight     8×4          32  penalty
 l1      l1(0.0001)  2.weight     1×8           8  penalty
 """
 
-from .controls import penalties, set_loss_scale, strengths
+from .controls import load_state_dict, penalties, set_loss_scale, state_dict, strengths
 from .effects import Stream, Strength, gradient, penalty
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
 from .gradients import add_noise, centralize, clip_norm, clip_value, freeze, mask, scale, zero_nans
@@ -44,12 +44,14 @@ __all__ = [
     "group_lasso",
     "l1",
     "l2",
+    "load_state_dict",
     "mask",
     "param_groups",
     "penalties",
     "penalty",
     "scale",
     "set_loss_scale",
+    "state_dict",
     "strengths",
     "strip",
     "transform",

@@ -1,6 +1,6 @@
 """What can be read and set while training: strengths, the loss scale, the penalties' values."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -134,6 +134,60 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
             live = live_strengths(state, edit.label, edit.effect)
             value = definition.formula.value(weight, live, edit.effect.arguments)
             found[edit.label] = found[edit.label] + value.to(found[edit.label].device) if edit.label in found else value
+    return found
+
+
+def state_dict(gm: nn.Module) -> dict[str, Tensor]:
+    """What fxreg itself must remember to resume training: strengths, random streams and the loss scale, as copies.
+
+    It is kept apart from the model's own state, whose keys stay the model's.
+
+    Raises:
+        FxregError: not a module that `fxreg.transform` returned.
+
+    >>> import torch, fxreg
+    >>> gm = fxreg.transform(torch.nn.Linear(4, 2), [fxreg.Rule(fxreg.l1(0.1))])
+    >>> fxreg.state_dict(gm)
+    {'loss_scale': tensor([1.], dtype=torch.float64), 'strengths.l1': tensor([0.1000], dtype=torch.float64)}
+    """
+    return {name: buffer.detach().clone() for name, buffer in _remembered(state_of(gm)).items()}
+
+
+def load_state_dict(gm: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Take back what `fxreg.state_dict` gave, in place.
+
+    Raises:
+        FxregError: keys or shapes that are not those of the module's rules; nothing is changed then.
+
+    >>> import torch, fxreg
+    >>> gm = fxreg.transform(torch.nn.Linear(4, 2), [fxreg.Rule(fxreg.l1(0.1))])
+    >>> saved = fxreg.state_dict(gm)
+    >>> fxreg.strengths(gm)["l1"] = 0.7
+    >>> fxreg.load_state_dict(gm, saved)
+    >>> fxreg.strengths(gm)
+    {'l1': 0.1}
+    """
+    own = _remembered(state_of(gm))
+    if own.keys() != state.keys():
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        raise FxregError(
+            f"load_state_dict: the state is not of these rules: missing {missing}, unexpected {extra}. Transform the "
+            "model with the rules and labels it was saved with."
+        )
+    for name, buffer in own.items():
+        if buffer.shape != state[name].shape:
+            raise FxregError(
+                f"load_state_dict: {name!r} has shape {tuple(state[name].shape)}, expected {tuple(buffer.shape)}."
+            )
+    for name, buffer in own.items():
+        buffer.copy_(state[name])
+
+
+def _remembered(state: State) -> dict[str, Tensor]:
+    found = {"loss_scale": state.loss_scale}
+    found |= {f"strengths.{label}": state.get_buffer(buffer) for label, buffer in state.provenance.strengths.items()}
+    for (label, site), buffer in state.provenance.streams.items():
+        found[f"streams.{label}.{site}"] = state.get_buffer(buffer)
     return found
 
 

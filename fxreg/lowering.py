@@ -15,7 +15,7 @@ from .capture import Captured
 from .effects import Effect, Gradient, Penalty, strength_name
 from .errors import CaptureError
 from .hidden_uses import hidden_uses
-from .module import CHILD, Provenance, RegularizedModule, State
+from .module import CHILD, Provenance, RegularizedModule, State, located
 from .planning import Emit, LeaveToCompanion, Penalize, Plan, PullBack
 
 
@@ -50,6 +50,9 @@ class _Lowering:
     def emitted(self) -> RegularizedModule:
         self._pull_gradients()
         self._add_penalties()
+        for node in self.graph.nodes:
+            if node.op in ("get_attr", "call_module"):
+                node.target = located(node.target)
         self.graph.lint()
         return RegularizedModule(self.model, self.state, self.graph)
 

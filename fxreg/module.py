@@ -19,6 +19,14 @@ CHILD = "fxreg"
 """The name of the one child that fxreg adds to the emitted module."""
 
 
+_TAKEN = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | set(vars(fx.GraphModule(nn.Module(), fx.Graph())))
+
+
+def located(path: str) -> str:
+    """Where an emitted module finds a path of the model's: names that GraphModule itself uses, with the model."""
+    return f"{CHILD}.model.{path}" if path.partition(".")[0] in _TAKEN else path
+
+
 _bound: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
 
 
@@ -132,7 +140,10 @@ class RegularizedModule(fx.GraphModule):
         vars(self)["_buffers"] = model._buffers
         vars(self)["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
         vars(self)["_modules"] = {**model._modules, CHILD: state}
-        self.graph = graph
+        self._set_graph(graph)
+
+    def _set_graph(self, graph: fx.Graph) -> None:
+        fx.GraphModule.graph.__set__(self, graph)  # type: ignore[attr-defined]  # a child may be called "graph"
 
     @property
     def training(self) -> bool:
@@ -156,7 +167,7 @@ class RegularizedModule(fx.GraphModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state["attributes"])
         type(self).__name__ = state["name"]
-        self.graph = _read(state["graph"])
+        self._set_graph(_read(state["graph"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RegularizedModule":
         result = _restored()
@@ -164,7 +175,7 @@ class RegularizedModule(fx.GraphModule):
         attributes = {k: copy.deepcopy(v, memo) for k, v in vars(self).items() if k != "_graph"}
         vars(result).update(attributes)
         type(result).__name__ = type(self).__name__
-        result.graph = copy.deepcopy(self.graph)
+        result._set_graph(copy.deepcopy(self.graph))
         return result
 
 

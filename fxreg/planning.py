@@ -80,7 +80,8 @@ class Plan:
         if not self.edits:
             return "no rules act on this model"
         header = ("rule", "effect", "parameter", "shape", "size", "lowering", "notes")
-        return tabulate([_row(edit) for edit in self.edits], header, disable_numparse=True)
+        align = ("left", "left", "left", "left", "right", "left", "left")
+        return tabulate([_row(edit) for edit in self.edits], header, disable_numparse=True, colalign=align)
 
 
 def plan(matches: tuple[Match, ...]) -> Plan:

@@ -198,3 +198,32 @@ def test_other_modules_are_no_emitted_modules() -> None:
     for call in (fxreg.strengths, fxreg.penalties, fxreg.strip, fxreg.diff, fxreg.explain):
         with pytest.raises(fxreg.FxregError, match=r"fxreg\.transform"):
             call(MLP())  # type: ignore[operator]
+
+
+def test_what_fxreg_remembers_is_saved_apart_and_resumes_exactly() -> None:
+    def run(gm: torch.fx.GraphModule, steps: int) -> list[Tensor]:
+        found = []
+        for _ in range(steps):
+            loss = gm(x).square().mean()
+            found += torch.autograd.grad(loss, list(gm.parameters()))
+        return found
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    rules = [fxreg.Rule(fxreg.l1(0.1)), fxreg.Rule(fxreg.add_noise(0.1, seed=3))]
+    gm = fxreg.transform(model, rules)
+    run(gm, 2)
+    fxreg.strengths(gm)["l1"] = 0.3
+    fxreg.set_loss_scale(gm, 2.0)
+    saved = fxreg.state_dict(gm)
+    wanted = run(gm, 2)
+    resumed = fxreg.transform(model, rules)
+    fxreg.load_state_dict(resumed, saved)
+    assert all(torch.equal(a, b) for a, b in zip(run(resumed, 2), wanted, strict=True))
+    other = fxreg.transform(model, rules[:1])
+    before = fxreg.state_dict(other)
+    with pytest.raises(fxreg.FxregError, match=r"unexpected .*streams\.add_noise"):
+        fxreg.load_state_dict(other, saved)
+    with pytest.raises(fxreg.FxregError, match="shape"):
+        fxreg.load_state_dict(other, {**before, "strengths.l1": torch.ones(2)})
+    assert all(torch.equal(a, b) for a, b in zip(fxreg.state_dict(other).values(), before.values(), strict=True))

@@ -1,0 +1,636 @@
+"""Every built-in effect against its formula, written out here in NumPy's float64, in value and in gradient."""
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxreg
+
+thoroughly = settings(max_examples=60, deadline=None, derandomize=True)
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class Dot(nn.Module):
+    """⟨w, x⟩: the loss's gradient of w is the input."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).sum()
+
+
+def emitted(weight: Tensor, *effects: Any, emit: Any = "backward", **keys: Any) -> tuple[Dot, torch.fx.GraphModule]:
+    model = Dot(weight)
+    return model, fxreg.transform(model, [fxreg.Rule(effect, **keys) for effect in effects], emit=emit)
+
+
+def penalty_of(effect: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The value that `emit="output"` returns, and autograd's gradient of it."""
+    model, gm = emitted(weight, effect, emit="output")
+    value = gm(torch.zeros_like(weight))[1]
+    (gradient,) = torch.autograd.grad(value, model.weight)
+    return value.detach(), gradient
+
+
+def gradient_of(weight: Tensor, grad: Tensor, *effects: Any, **keys: Any) -> Tensor:
+    """What a backward pass leaves in `.grad`, where the loss alone leaves `grad`."""
+    model, gm = emitted(weight, *effects, **keys)
+    gm(grad).backward()
+    assert model.weight.grad is not None
+    return model.weight.grad
+
+
+# Penalties.
+
+
+def group_lasso(w: Array, dims: tuple[int, ...]) -> tuple[float, Array]:
+    """One group per index along `dims`, by loops."""
+    kept = sorted({dim % w.ndim for dim in dims}) if w.ndim else []
+    value, gradient = 0.0, np.zeros_like(w)
+    for index in itertools.product(*(range(w.shape[dim]) for dim in kept)):
+        group: list[Any] = [slice(None)] * w.ndim
+        for dim, i in zip(kept, index, strict=True):
+            group[dim] = i
+        norm = math.sqrt(float((w[tuple(group)] ** 2).sum()))
+        value += norm
+        if norm > 0:
+            gradient[tuple(group)] = w[tuple(group)] / norm
+    return value, gradient
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A penalty by its factory, and s·R(w) with its gradient by hand; `least` is the rank it needs."""
+
+    make: Callable[[float], Any]
+    by_hand: Callable[[float, Array], tuple[float, Array]]
+    least: int = 0
+
+
+def _grouped(*dims: int) -> Callable[[float, Array], tuple[float, Array]]:
+    def by_hand(s: float, w: Array) -> tuple[float, Array]:
+        value, gradient = group_lasso(w, dims)
+        return s * value, s * gradient
+
+    return by_hand
+
+
+PENALTIES = {
+    "l1": Penalty(fxreg.l1, lambda s, w: (s * float(np.abs(w).sum()), s * np.sign(w))),
+    "l2": Penalty(fxreg.l2, lambda s, w: (s * float((w * w).sum()), 2 * s * w)),
+    "elastic_net": Penalty(
+        lambda s: fxreg.elastic_net(s, s / 3),
+        lambda s, w: (s * float(np.abs(w).sum() + (w * w).sum() / 3), s * np.sign(w) + 2 * s * w / 3),
+    ),
+    "group_lasso": Penalty(fxreg.group_lasso, _grouped(0), least=1),
+    "group_lasso, last": Penalty(lambda s: fxreg.group_lasso(s, dim=-1), _grouped(-1), least=1),
+    "group_lasso, 1": Penalty(lambda s: fxreg.group_lasso(s, dim=1), _grouped(1), least=2),
+    "group_lasso, 0 and -1": Penalty(lambda s: fxreg.group_lasso(s, dim=(0, -1)), _grouped(0, -1), least=1),
+    "group_lasso, one dimension twice": Penalty(lambda s: fxreg.group_lasso(s, dim=(-2, 0)), _grouped(-2, 0), least=2),
+    "group_lasso, none": Penalty(lambda s: fxreg.group_lasso(s, dim=()), _grouped()),
+}
+LOWERINGS: dict[str, dict[str, Any]] = {
+    "attached": {}, "pulled": {"via": "gradient"},
+}  # fmt: skip
+
+
+def weights(*shape: int, seed: int = 0, zeros: bool = True) -> Tensor:
+    """Normal float64 numbers, with exact zeros among them and a first row of nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if zeros and weight.ndim and weight.numel():
+        weight[0] = 0
+        weight.view(-1)[-1:] = 0
+    return weight
+
+
+SHAPES = [(), (0,), (5,), (3, 0), (1, 1), (3, 4), (2, 3, 4), (3, 2, 3, 3)]
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_penaltys_value_and_gradients_are_the_formulas(name: str, shape: tuple[int, ...]) -> None:
+    case = PENALTIES[name]
+    if len(shape) < case.least:
+        return
+    weight = weights(*shape, seed=3)
+    expected, slope = case.by_hand(0.37, weight.numpy())
+    value, gradient = penalty_of(case.make(0.37), weight)
+    assert value.shape == ()
+    assert float(value) == pytest.approx(expected, rel=1e-13, abs=1e-15)
+    torch.testing.assert_close(gradient, torch.from_numpy(np.asarray(slope)), rtol=1e-13, atol=1e-15)
+    for keys in LOWERINGS.values():
+        found = gradient_of(weight, torch.zeros_like(weight), case.make(0.37), **keys)
+        torch.testing.assert_close(found, torch.from_numpy(np.asarray(slope)), rtol=1e-13, atol=1e-15)
+
+
+@thoroughly
+@given(
+    name=st.sampled_from(sorted(PENALTIES)),
+    shape=st.lists(st.integers(0, 4), min_size=2, max_size=4).map(tuple),
+    seed=st.integers(0, 1000),
+    strength=st.floats(0, 10),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_closed_forms_are_the_derivatives_on_random_shapes(
+    name: str, shape: tuple[int, ...], seed: int, strength: float, dtype: torch.dtype
+) -> None:
+    weight = weights(*shape, seed=seed).to(dtype)
+    effect = PENALTIES[name].make(strength)
+    grad = torch.ones_like(weight)
+    _, slope = PENALTIES[name].by_hand(strength, weight.double().numpy())
+    expected = torch.from_numpy(np.asarray(slope)) + 1
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for keys in LOWERINGS.values():
+        found = gradient_of(weight, grad, effect, **keys)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(penalty_of(effect, weight)[1].double() + 1, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_values_are_differentiable_as_finite_differences_say(name: str) -> None:
+    weight = weights(3, 4, seed=5, zeros=False)
+    weight += 0.2 * weight.sign()  # away from the kinks
+    _, gm = emitted(weight, PENALTIES[name].make(0.7), emit="output")
+
+    def value(w: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(gm, {"weight": w}, (torch.zeros(3, 4),))[1]
+        return result
+
+    assert torch.autograd.gradcheck(value, weight.requires_grad_())
+    assert torch.autograd.gradgradcheck(value, weight)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_at_zero_the_value_and_every_gradient_are_zero(name: str, zero: float) -> None:
+    for shape in ((3, 4), (1, 1), (2, 2, 2)):
+        weight = torch.full(shape, zero)
+        value, gradient = penalty_of(PENALTIES[name].make(0.5), weight)
+        assert float(value) == 0
+        assert not gradient.any()
+        for keys in LOWERINGS.values():
+            assert not gradient_of(weight, torch.zeros(shape), PENALTIES[name].make(0.5), **keys).any()
+
+
+def test_a_group_of_exact_zeros_stays_among_others_that_do_not() -> None:
+    weight = torch.tensor([[0.0, 0.0], [3.0, -4.0], [0.0, 2.0]])
+    expected = torch.tensor([[0.0, 0.0], [0.6, -0.8], [0.0, 1.0]])
+    value, gradient = penalty_of(fxreg.group_lasso(1.0), weight)
+    assert float(value) == 7
+    torch.testing.assert_close(gradient, expected)
+    for keys in LOWERINGS.values():
+        torch.testing.assert_close(gradient_of(weight, torch.zeros(3, 2), fxreg.group_lasso(1.0), **keys), expected)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12])
+def test_gradients_stay_finite_at_the_ends_of_float32(name: str, size: float) -> None:
+    weight = size * torch.tensor([[1.0, -1.0], [0.5, 0.25]])
+    expected = PENALTIES[name].by_hand(1.0, weight.double().numpy())[1]
+    for keys in LOWERINGS.values():
+        found = gradient_of(weight, torch.zeros(2, 2), PENALTIES[name].make(1.0), **keys)
+        if size > 1e-20 or not name.startswith("group_lasso"):  # the square of 1e-30 is no float32
+            torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-5, atol=0.0)
+        assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(("dim", "wrong"), [(2, 2), (-3, -3), ((0, 5), 5), (10**30, 10**30)], ids=str)
+def test_a_dimension_out_of_range_is_a_rule_error_at_match(dim: Any, wrong: int) -> None:
+    try:
+        effect = fxreg.group_lasso(0.1, dim=dim)
+    except fxreg.RuleError:
+        assert abs(wrong) > 2**63  # an operator has no such number: refused even earlier
+        return
+    with pytest.raises(fxreg.RuleError) as caught:
+        fxreg.explain(Dot(torch.ones(2, 3)), fxreg.Rule(effect, label="rows"))
+    for part in ("'rows'", "'weight'", "(2, 3)", str(wrong)):
+        assert part in str(caught.value)
+
+
+def test_l2_is_the_coupled_weight_decay_of_twice_its_strength() -> None:
+    start = weights(4, 3).float()
+    moved = []
+    for rules, decay in (([fxreg.Rule(fxreg.l2(0.03))], 0.0), ([], 0.06)):
+        model = Dot(start)
+        gm = fxreg.transform(model, rules)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
+        for _ in range(5):
+            optimizer.zero_grad()
+            gm(torch.ones(4, 3)).backward()
+            optimizer.step()
+        moved.append(model.weight.detach())
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=1e-7)
+
+
+# Numerics: 16 bits, autocast, strengths.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PENALTIES)
+def test_16_bit_parameters_accumulate_in_float32(name: str, dtype: torch.dtype) -> None:
+    """Σw² is 1.6e8 here, past float16, and Σ|w| takes more than bfloat16's 8 bits."""
+    weight = torch.full((40, 100), 200.0).to(dtype)
+    weight[1] = -37.0
+    weight[2] = 0
+    expected, slope = PENALTIES[name].by_hand(0.01, weight.double().numpy())
+    value, gradient = penalty_of(PENALTIES[name].make(0.01), weight)
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    wanted = torch.from_numpy(slope).to(dtype)
+    precision = torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient, wanted, rtol=precision, atol=1e-7)
+    for keys in LOWERINGS.values():
+        found = gradient_of(weight, torch.zeros_like(weight), PENALTIES[name].make(0.01), **keys)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted, rtol=precision, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_16_bit_gradient_is_clipped_by_a_norm_taken_in_float32(dtype: torch.dtype) -> None:
+    grad = torch.full((64, 64), 300.0).to(dtype)  # its norm's square is past float16
+    found = gradient_of(torch.zeros_like(grad), grad, fxreg.clip_norm(1.0))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, torch.full_like(grad, 1 / 64), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@fxreg.penalty
+def effects_gram(weight: Tensor) -> Tensor:
+    """‖WWᵀ − I‖²: a matrix product, which autocast would run in bfloat16."""
+    return (weight @ weight.mT - torch.eye(len(weight), device=weight.device)).square().sum()
+
+
+@pytest.mark.parametrize("effect", [effects_gram(0.3), *(case.make(0.3) for case in PENALTIES.values())], ids=repr)
+def test_under_autocast_penalties_are_computed_in_float32(effect: Any) -> None:
+    weight = weights(6, 5).float()
+    found = []
+    for enabled in (False, True):
+        model, gm = emitted(weight, effect, emit="output")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            value = gm(torch.zeros(6, 5))[1]
+        value.backward()
+        found.append((value.detach(), model.weight.grad))
+        model, gm = emitted(weight, effect)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = gm(torch.zeros(6, 5))
+        loss.backward()
+        found[-1] += (model.weight.grad,)
+    for without, within in zip(*found, strict=True):
+        assert within.dtype == torch.float32
+        assert torch.equal(without, within)
+
+
+@pytest.mark.parametrize("effect", [fxreg.clip_norm(0.1), fxreg.centralize(), fxreg.scale(1 / 3)], ids=repr)
+def test_under_autocast_transforms_are_computed_in_float32(effect: Any) -> None:
+    grad = weights(6, 5, seed=1).float()
+    expected = gradient_of(torch.zeros(6, 5), grad, effect)
+    model, gm = emitted(torch.zeros(6, 5), effect)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gm(grad).backward()
+    assert torch.equal(model.weight.grad, expected)
+
+
+def test_a_strength_is_kept_in_float64() -> None:
+    _, gm = emitted(torch.ones(1, dtype=torch.float64), fxreg.l1(1e-4))
+    assert float(fxreg.strengths(gm)["l1"]) == 1e-4
+    assert float(fxreg.penalties(gm)["l1"]) == 1e-4
+    gm.half()
+    assert float(fxreg.strengths(gm)["l1"]) == 1e-4
+
+
+# Transforms.
+
+finite = st.floats(-1e6, 1e6, width=32)
+
+
+@st.composite
+def gradients(draw: st.DrawFn) -> Tensor:
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    return draw(st.sampled_from([0.0, 1e-5, 1.0, 1e4])) * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A transform by its factory, and by hand."""
+
+    make: Callable[[float], Any]
+    by_hand: Callable[[float, Array], Array]
+
+
+def _centralize(g: Array) -> Array:
+    return g - g.mean(axis=tuple(range(1, g.ndim)), keepdims=True) if g.ndim > 1 and g.size else g
+
+
+TRANSFORMS = {
+    "clip_value": Transform(fxreg.clip_value, lambda s, g: np.clip(g, -s, s)),
+    "clip_norm": Transform(fxreg.clip_norm, lambda s, g: g * min(1.0, s / (math.sqrt((g * g).sum()) + 1e-6))),
+    "scale": Transform(fxreg.scale, lambda s, g: s * g),
+    "centralize": Transform(lambda s: fxreg.centralize(), lambda s, g: _centralize(g)),
+    "zero_nans": Transform(lambda s: fxreg.zero_nans(), lambda s, g: g),
+    "mask": Transform(lambda s: fxreg.mask(torch.tensor(s)), lambda s, g: g * (s != 0)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@settings(thoroughly, max_examples=40)
+@given(grad=gradients(), strength=st.sampled_from([0.0, 1e-3, 0.5, 1.0, 30.0]))
+def test_transforms_are_their_formulas_on_random_gradients(name: str, grad: Tensor, strength: float) -> None:
+    weight = torch.ones_like(grad)
+    expected = torch.from_numpy(np.asarray(TRANSFORMS[name].by_hand(strength, grad.numpy())))
+    found = gradient_of(weight, grad, TRANSFORMS[name].make(strength))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_clip_norm_is_torchs_for_a_list_of_one() -> None:
+    for size in (0.01, 1.0, 100.0):
+        weight = torch.zeros(5, 7, requires_grad=True)
+        weight.grad = grad = size * weights(5, 7, seed=2).float()
+        found = gradient_of(torch.zeros(5, 7), grad.clone(), fxreg.clip_norm(1.0))
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        torch.testing.assert_close(found, weight.grad)
+
+
+def test_clip_norm_leaves_a_short_gradient_bitwise_and_a_zero_one_zero() -> None:
+    grad = 0.01 * weights(5, 7).float()
+    assert torch.equal(gradient_of(torch.zeros(5, 7), grad, fxreg.clip_norm(1.0)), grad)
+    assert torch.equal(gradient_of(torch.zeros(3), torch.zeros(3), fxreg.clip_norm(1.0)), torch.zeros(3))
+    assert torch.equal(gradient_of(torch.zeros(3), torch.zeros(3), fxreg.clip_norm(0.0)), torch.zeros(3))
+
+
+def test_clip_value_bounds_infinities_and_keeps_nan() -> None:
+    grad = torch.tensor([math.nan, math.inf, -math.inf, 0.5, -3.0, 0.0])
+    found = gradient_of(torch.zeros(6), grad, fxreg.clip_value(2.0))
+    assert found[0].isnan()
+    assert torch.equal(found[1:], torch.tensor([2.0, -2.0, 0.5, -2.0, 0.0]))
+
+
+def test_zero_nans_keeps_infinities() -> None:
+    grad = torch.tensor([math.nan, math.inf, -math.inf, -1.5, 0.0])
+    found = gradient_of(torch.zeros(5), grad, fxreg.zero_nans())
+    assert torch.equal(found, torch.tensor([0.0, math.inf, -math.inf, -1.5, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.tensor([[True, False, True], [False, False, True]]), torch.tensor([[1.0, 0.0, -2.0], [0.0, -0.0, 1e-30]]),
+        torch.tensor([True, False, True]), torch.tensor([[0], [7]]), torch.tensor(0), torch.tensor(True),
+        torch.ones(1, 1, dtype=torch.int8), torch.tensor([[0.5, 0.0, 0.0]], dtype=torch.float16),
+        torch.tensor([1e-300, 0.0, 1.0], dtype=torch.float64),
+    ],
+    ids=lambda mask: f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}",
+)  # fmt: skip
+def test_mask_keeps_the_gradient_where_it_is_not_zero(mask: Tensor) -> None:
+    grad = torch.tensor([[1.0, 2.0, 3.0], [4.0, math.nan, 6.0]])
+    expected = np.where(np.broadcast_to(mask.numpy() != 0, (2, 3)), grad.numpy(), 0)
+    found = gradient_of(torch.zeros(2, 3), grad, fxreg.mask(mask))
+    assert torch.equal(found.nan_to_num(7), torch.from_numpy(expected).nan_to_num(7))
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (1, 2, 3), (2, 3, 1), (0,)], ids=str)
+def test_a_mask_that_does_not_broadcast_to_the_weight_is_refused_at_match(shape: tuple[int, ...]) -> None:
+    with pytest.raises(fxreg.RuleError, match=r"'weight'.*\(2, 3\)"):
+        fxreg.explain(Dot(torch.ones(2, 3)), fxreg.Rule(fxreg.mask(torch.ones(shape))))
+
+
+@pytest.mark.parametrize("ndim", range(5))
+def test_centralize_subtracts_the_mean_over_all_but_the_first_dimension(ndim: int) -> None:
+    grad = weights(*range(2, 2 + ndim), seed=4, zeros=False)
+    found = gradient_of(torch.zeros_like(grad), grad, fxreg.centralize())
+    expected = grad.numpy().copy()
+    if ndim > 1:
+        for row in expected:
+            row -= row.sum() / row.size
+    torch.testing.assert_close(found, torch.from_numpy(expected))
+
+
+def test_freeze_leaves_no_gradient_so_that_no_optimizer_moves_it() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.freeze(), name="0"))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1, weight_decay=0.5, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        gm(torch.ones(2, 3)).sum().backward()
+        assert [p.grad is None for p in model.parameters()] == [True, True, False, False]
+        optimizer.step()
+    same = [torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    assert same == [True, True, False, False]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# Noise.
+
+MANY = 200_000
+SIGMAS = 5.0
+
+
+class Dots(nn.Module):
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.zeros(MANY, dtype=torch.float64)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((p * x).sum() for p in self.parameters())  # type: ignore[return-value]
+
+
+def noise(*names: str, eta: float = 1.0, steps: int = 1, **keys: Any) -> list[dict[str, Array]]:
+    """The noise alone, by step and parameter."""
+    model = Dots(names)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.add_noise(eta, **keys)))
+    found = []
+    for _ in range(steps):
+        drawn = torch.autograd.grad(gm(torch.zeros(MANY, dtype=torch.float64)), list(model.parameters()))
+        found.append({name: g.numpy() for name, g in zip(names, drawn, strict=True)})
+    return found
+
+
+def assert_standard_normal(z: Array) -> None:
+    """Its moments, and its distribution function (Kolmogorov–Smirnov), within five standard errors."""
+    n = z.size
+    assert abs(z.mean()) < SIGMAS / math.sqrt(n)
+    assert abs((z**2).mean() - 1) < SIGMAS * math.sqrt(2 / n)
+    assert abs((z**3).mean()) < SIGMAS * math.sqrt(15 / n)
+    assert abs((z**4).mean() - 3) < SIGMAS * math.sqrt(96 / n)
+    distribution = torch.special.ndtr(torch.from_numpy(np.sort(z))).numpy()
+    assert np.abs(distribution - (np.arange(n) + 0.5) / n).max() < 2.2 / math.sqrt(n)
+
+
+def assert_uncorrelated(first: Array, second: Array) -> None:
+    bound = SIGMAS / math.sqrt(first.size)
+    assert abs(np.corrcoef(first, second)[0, 1]) < bound
+    assert abs(np.corrcoef(first**2, second**2)[0, 1]) < bound
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**62])
+def test_the_noise_is_normal(seed: int) -> None:
+    (drawn,) = noise("w", seed=seed)
+    assert_standard_normal(drawn["w"])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.55, 2.0])
+def test_its_variance_is_eta_over_t_to_the_gamma_with_t_from_one(gamma: float) -> None:
+    for t, drawn in enumerate(noise("w", eta=0.04, gamma=gamma, steps=3), start=1):
+        assert_standard_normal(drawn["w"] / math.sqrt(0.04 / t**gamma))
+
+
+def test_it_is_independent_between_elements_parameters_steps_and_seeds() -> None:
+    first, second = noise("v", "w", steps=2)
+    (other,) = noise("w", seed=1)
+    assert_uncorrelated(first["v"], first["w"])
+    assert_uncorrelated(first["w"], second["w"])
+    assert_uncorrelated(first["v"], second["w"])
+    assert_uncorrelated(first["w"], other["w"])
+    for lag in (1, 2, 3, 64, 1024):
+        assert_uncorrelated(first["w"][lag:], first["w"][:-lag])
+
+
+def test_it_is_reproducible_from_seed_and_step_alone() -> None:
+    torch.manual_seed(1)
+    first = noise("v", "w", steps=3, seed=5)
+    torch.manual_seed(2)
+    again = noise("v", "w", steps=3, seed=5)
+    for one, other in zip(first, again, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    (fresh,) = noise("w", seed=5)
+    assert np.array_equal(fresh["w"], first[0]["w"]), "it does not depend on the parameters beside it"
+
+
+def test_it_leaves_the_global_generators_alone() -> None:
+    model, gm = emitted(torch.zeros(10), fxreg.add_noise(1.0))
+    before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    gm(torch.zeros(10)).backward()
+    assert model.weight.grad.any()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+
+
+def test_it_is_added_to_the_gradient() -> None:
+    weight, grad = torch.zeros(4, 5), weights(4, 5).float()
+    alone = gradient_of(weight, torch.zeros(4, 5), fxreg.add_noise(0.5))
+    torch.testing.assert_close(gradient_of(weight, grad, fxreg.add_noise(0.5)), grad + alone)
+    assert torch.equal(gradient_of(weight, grad, fxreg.add_noise(0.0)), grad)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_it_has_the_shape_and_dtype_of_any_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    found = gradient_of(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), fxreg.add_noise(1.0))
+    assert (found.shape, found.dtype) == (shape, dtype)
+    assert found.isfinite().all()
+    assert found.unique().numel() >= 0.9 * found.numel()  # float16 has few numbers
+
+
+# Transforms together, and with penalties.
+
+
+def test_transforms_act_in_rule_order() -> None:
+    grad = torch.tensor([3.0, 4.0])
+    clip, triple = fxreg.clip_norm(1.0), fxreg.scale(3.0)
+    torch.testing.assert_close(gradient_of(torch.zeros(2), grad, clip, triple), 3 * grad / 5)
+    torch.testing.assert_close(gradient_of(torch.zeros(2), grad, triple, clip), grad / 5)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_any_order_of_three_is_their_composition(order: tuple[int, ...]) -> None:
+    grad = weights(3, 4, seed=8)
+    effects = (fxreg.clip_value(0.4), fxreg.centralize(), fxreg.clip_norm(0.9))
+    by_hand = (TRANSFORMS["clip_value"], TRANSFORMS["centralize"], TRANSFORMS["clip_norm"])
+    expected = grad.numpy()
+    for k in order:
+        expected = by_hand[k].by_hand((0.4, 0.0, 0.9)[k], expected)
+    found = gradient_of(torch.ones(3, 4, dtype=torch.float64), grad, *(effects[k] for k in order))
+    torch.testing.assert_close(found, torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("via", ["penalty", "gradient"])
+@pytest.mark.parametrize("first", [True, False])
+def test_transforms_see_the_losss_gradient_only(via: Any, first: bool) -> None:
+    weight, grad = torch.tensor([2.0, -7.0]), torch.tensor([30.0, 40.0])
+    rules = [fxreg.Rule(fxreg.l1(10.0), via=via), fxreg.Rule(fxreg.clip_norm(1.0)), fxreg.Rule(fxreg.scale(2.0))]
+    model = Dot(weight)
+    gm = fxreg.transform(model, rules if first else [*rules[1:], rules[0]])
+    gm(grad).backward()
+    torch.testing.assert_close(model.weight.grad, 2 * grad / 50 + 10 * weight.sign())
+
+
+class Twice(nn.Module):
+    """One weight in two layers, one of which is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.first(x)) + F.linear(x, self.first.weight))
+
+
+@pytest.mark.parametrize("effect", [fxreg.clip_norm(0.1), fxreg.clip_value(0.05)], ids=repr)
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_transform_acts_once_on_the_gradient_summed_over_all_uses(effect: Any, name: str) -> None:
+    torch.manual_seed(0)
+    model = Twice()
+    x = torch.randn(4, 3)
+    (plain,) = torch.autograd.grad(model(x).square().sum(), model.first.weight)
+    gm = fxreg.transform(model, fxreg.Rule(effect, name=name))
+    gm(x).square().sum().backward()
+    expected = plain.clamp(-0.05, 0.05) if effect.name == "clip_value" else 0.1 * plain / (plain.norm() + 1e-6)
+    torch.testing.assert_close(model.first.weight.grad, expected)
+
+
+@pytest.mark.parametrize("effect", [fxreg.clip_norm(0.1), fxreg.clip_value(0.05), fxreg.scale(2.0)], ids=repr)
+def test_each_parameter_is_transformed_by_itself(effect: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+    plain = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    gm = fxreg.transform(model, fxreg.Rule(effect))
+    gm(x).square().sum().backward()
+    for parameter, g in zip(model.parameters(), plain, strict=True):
+        (strength,) = effect.strengths.values()
+        expected = TRANSFORMS[effect.name].by_hand(strength, g.double().numpy())
+        torch.testing.assert_close(parameter.grad.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-7)
+
+
+SPARSE = {
+    "l1": (fxreg.l1(0.1), "penalty"), "l1, pulled": (fxreg.l1(0.1), "gradient"), "l2": (fxreg.l2(0.1), "penalty"),
+    "clip_norm": (fxreg.clip_norm(0.5), "gradient"), "clip_value": (fxreg.clip_value(0.5), "gradient"),
+    "scale": (fxreg.scale(0.5), "gradient"), "mask": (fxreg.mask(torch.tensor([1.0, 0.0])), "gradient"),
+    "centralize": (fxreg.centralize(), "gradient"), "zero_nans": (fxreg.zero_nans(), "gradient"),
+    "add_noise": (fxreg.add_noise(0.1), "gradient"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("effect", "via"), SPARSE.values(), ids=SPARSE)
+def test_a_sparse_gradient_is_treated_as_the_dense_one_or_refused(effect: Any, via: Any) -> None:
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 2, sparse=sparse))
+        try:
+            gm = fxreg.transform(model, fxreg.Rule(effect, via=via))
+        except fxreg.FxregError:
+            break
+        gm(torch.tensor([1, 2, 1])).sum().backward()
+        grad = model[0].weight.grad
+        found.append(torch.zeros(5, 2) if grad is None else grad.to_dense())
+    assert found, "the dense one is refused"
+    torch.testing.assert_close(found[-1], found[0])
