@@ -33,6 +33,7 @@ class _Lowering:
 
     def __init__(self, model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> None:
         self.model, self.plan, self.emit = model, plan, emit
+        self.device = _device_of(model)
         self.graph = fx.Graph()
         result = self.graph.graph_copy(captured.graph, {})
         self.output = self.graph.output(result)
@@ -60,7 +61,7 @@ class _Lowering:
 
     def _register(self, label: str, effect: Effect) -> None:
         """Give an effect's strengths and tensor arguments their buffers."""
-        device = self._device()
+        device = self.device
         for name, value in effect.strengths.items():
             public = strength_name(label, effect, name)
             dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -78,11 +79,6 @@ class _Lowering:
         buffer = next(candidate for candidate in free if not hasattr(self.state, candidate))
         self.state.register_buffer(buffer, value, persistent=False)
         return buffer
-
-    def _device(self) -> torch.device:
-        """Where the model is; 0-d tensors on the CPU go with any device, also with meta."""
-        devices = {p.device for p in self.model.parameters() if p.device.type != "meta"}
-        return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
     # Nodes.
 
@@ -151,7 +147,7 @@ class _Lowering:
                 target, suffix = definition.operator, ""
                 if definition.has_stream:
                     key = _stream_key(edit)
-                    stream = torch.tensor([key, 0], dtype=torch.int64, device=self._device())
+                    stream = torch.tensor([key, 0], dtype=torch.int64, device=self.device)
                     buffer = self.streams[edit.label, site] = self._buffer(f"{edit.label}.{site}.stream", stream)
                     tensors = self._in_schema_order(definition, tensors, self._read(edit.label, buffer))
             name = "_".join(filter(None, (site, edit.label, suffix)))
@@ -223,8 +219,14 @@ class _Lowering:
     def _total(self, terms: list[fx.Node]) -> fx.Node:
         if terms:
             return self._insert("", "call_function", operators.total, (terms,), name="penalty")
-        zero = self._buffer("no_penalty", torch.tensor(0.0, dtype=torch.float32, device=self._device()))
+        zero = self._buffer("no_penalty", torch.tensor(0.0, dtype=torch.float32, device=self.device))
         return self._read("", zero)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where the model is; small tensors on the CPU go with any device, also with meta."""
+    devices = {p.device for p in model.parameters() if p.device.type != "meta"}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
 
 def _ancestors(name: str) -> Iterator[str]:
@@ -251,12 +253,13 @@ def _stream_key(edit: PullBack) -> int:
 def _refuse_hidden_uses(model: nn.Module, pulls: Mapping[str, tuple[PullBack, ...]]) -> None:
     """A parameter that is also reached past its name would be used untransformed there."""
     parameters = dict(model.named_parameters())
+    modules = dict(model.named_modules())
     sites = {id(parameters[site]): site for site in pulls}
     for path, attribute, identity in hidden_uses(model, sites):
         site = sites[identity]
         raise CaptureError(
             f"rule {pulls[site][0].label!r} transforms the gradient of {site!r}, but that parameter is also held in "
-            f"the attribute {attribute!r} of {path or 'the model'!r} ({type(model.get_submodule(path)).__name__}), "
+            f"the attribute {attribute!r} of {path or 'the model'!r} ({type(modules[path]).__name__}), "
             "where it would be used untransformed. Register it once (nn.ParameterList, nn.ParameterDict, nn.ModuleList"
             "), or use via='penalty'."
         )

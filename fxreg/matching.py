@@ -84,8 +84,7 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
         chosen = tuple(site for site in sites if _selects(rule, label, site))
         if not chosen and not rule.optional:
             raise MatchError(_matched_nothing(label, rule, model, sites))
-        for site in chosen:
-            _check_takes(label, rule.effect, site)
+        _check_takes(label, rule.effect, chosen)
         found.append(Match(label, rule, chosen))
     _check_conflicts(found)
     return tuple(found)
@@ -198,18 +197,19 @@ def _labels(rules: tuple[Rule, ...]) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _check_takes(label: str, effect: Effect, site: Site) -> None:
-    if not site.dtype.is_floating_point:
-        what = "complex" if site.dtype.is_complex else "not a floating-point tensor"
-        raise MatchError(
-            f"rule {label!r}: {effect.name} cannot act on {site.name!r}: it is {what} ({site.dtype}). "
-            f"Leave it out with exclude={site.name!r}."
-        )
-    if problem := effect.definition.misfit(effect, site.shape, site.dtype):
-        raise RuleError(
-            f"rule {label!r}: {effect!r} does not fit {site.name!r} of shape {tuple(site.shape)}: {problem}. "
-            "Mend the effect's arguments, or narrow the rule."
-        )
+def _check_takes(label: str, effect: Effect, sites: tuple[Site, ...]) -> None:
+    for site in {(site.shape, site.dtype): site for site in reversed(sites)}.values():
+        if not site.dtype.is_floating_point:
+            what = "complex" if site.dtype.is_complex else "not a floating-point tensor"
+            raise MatchError(
+                f"rule {label!r}: {effect.name} cannot act on {site.name!r}: it is {what} ({site.dtype}). "
+                f"Leave it out with exclude={site.name!r}."
+            )
+        if problem := effect.definition.misfit(effect, site.shape, site.dtype):
+            raise RuleError(
+                f"rule {label!r}: {effect!r} does not fit {site.name!r} of shape {tuple(site.shape)}: {problem}. "
+                "Mend the effect's arguments, or narrow the rule."
+            )
 
 
 def _check_conflicts(found: list[Match]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fxreg
@@ -26,6 +27,7 @@ from .reference import Gradients, Term, assert_same, by_hand, objective, penalty
 pytestmark = [  # torch's own: of vmap without a batching rule, and of Dynamo looking at its inputs after a graph break
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # of its forward mode
 ]
 
 EMITS = ("backward", "output", "loss")
@@ -270,20 +272,73 @@ def by_hand_of(cell: Cell, factor: float) -> Gradients:
     return result
 
 
+def penalized(cell: Cell, parameters: dict[str, Tensor]) -> Tensor:
+    """loss + Σ penalties of the original model, by hand, as a function of its parameters."""
+    torch.manual_seed(7)
+    output = torch.func.functional_call(cell.original, parameters, cell.inputs)
+    total = output["loss"] if cell.emit == "loss" else objective(output)
+    for term in cell.terms:
+        assert term.penalty is not None
+        total = total + sum(term.penalty(p) for name, p in parameters.items() if term.acts_on(name))
+    return total
+
+
+def emitted(cell: Cell, parameters: dict[str, Tensor]) -> Tensor:
+    torch.manual_seed(7)
+    return functional(cell.gm, cell, parameters, *cell.inputs)
+
+
+@sdpa_kernel(SDPBackend.MATH)  # the fused kernels have no second derivative
+def jvp(cell: Cell, tolerance: float) -> None:
+    parameters = {n: p.detach() for n, p in cell.gm.named_parameters()}
+    direction = {n: torch.randn_like(p) for n, p in parameters.items()}
+    _, actual = torch.func.jvp(lambda p: emitted(cell, p), (parameters,), (direction,))
+    _, expected = torch.func.jvp(lambda p: penalized(cell, p), (parameters,), (direction,))
+    assert abs(float(actual - expected)) < tolerance * abs(float(expected))
+
+
+def jacrev(cell: Cell, tolerance: float) -> None:
+    parameters = {n: p.detach() for n, p in cell.gm.named_parameters()}
+    actual = torch.func.jacrev(lambda p: torch.stack([emitted(cell, p)] * 2))(parameters)
+    expected = torch.func.grad(lambda p: penalized(cell, p))(parameters)
+    for row in range(2):
+        assert_same({name: value[row] for name, value in actual.items()}, expected, tolerance)
+
+
+@sdpa_kernel(SDPBackend.MATH)
+def double_backward(cell: Cell, tolerance: float) -> None:
+    """The gradient of the gradient's squared norm."""
+
+    def second(loss: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+        first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        return torch.autograd.grad(
+            torch.stack([g.square().sum() for g in first if g is not None]).sum(), parameters, allow_unused=True
+        )
+
+    torch.manual_seed(7)
+    parameters = dict(cell.model.named_parameters())
+    actual = second(loss_of(cell.gm(*cell.inputs), cell.emit), list(parameters.values()))
+    originals = dict(cell.original.named_parameters())
+    expected = second(penalized(cell, originals), list(originals.values()))
+    assert_same(dict(zip(parameters, actual, strict=True)), dict(zip(originals, expected, strict=True)), tolerance)
+
+
 CONTEXTS = {
     context.__name__: context
     for context in (
         eager, evaluation, aot_eager, func_grad, func_vmap, func_vmap_compiled, export, pickled, deepcopied, saved,
-        retraced, checkpointed, autocast, scaled, accumulated, in_place_output,
+        retraced, checkpointed, autocast, scaled, accumulated, in_place_output, jvp, jacrev, double_backward,
     )
 }  # fmt: skip
 
 
 def _possible(model: str, context: str, emit: str, lowering: str) -> bool:
+    if context in ("jvp", "jacrev", "double_backward") and (emit == "backward" or lowering != "penalty"):
+        return False  # what injection cannot do: tests/test_injection.py
+    if context in ("jvp", "jacrev") and model == "cnn":
+        return False  # as func_grad
     if context.startswith("func_vmap") and not CASES[model].vmaps:
         return False  # the model itself does not: in-place batch statistics, fused recurrences
-    if context == "func_vmap" and model == "transformer":
-        return True
     if context == "func_grad" and model == "cnn":
         return False  # batch norm writes into captured buffers, which torch.func refuses of the model itself
     return not (context == "retraced" and model == "opaque" and emit == "loss")
