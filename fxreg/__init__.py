@@ -10,8 +10,9 @@ l1      l1(0.0001)  0.weight     8×4          32  penalty
 l1      l1(0.0001)  2.weight     1×8           8  penalty
 """
 
+from .arguments import Stream, Strength
 from .controls import load_state_dict, penalties, set_loss_scale, state_dict, strengths
-from .effects import Stream, Strength, gradient, penalty
+from .effects import gradient, penalty
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
 from .gradients import add_noise, centralize, clip_norm, clip_value, freeze, mask, scale, zero_nans
 from .optimizing import param_groups

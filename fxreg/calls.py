@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 
 from .errors import CaptureError, FxregError
 from .operators import attach as _attach_operator
@@ -37,12 +38,27 @@ def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
     # A recurrent layer also keeps its weights in a list, and would keep the substitutes there.
     recurrent = [inner for inner in module.modules() if isinstance(inner, nn.RNNBase)]
     kept = [(inner._flat_weights, inner._flat_weight_refs) for inner in recurrent]
+    versions = _versions(substitutes)
     try:
         with _without_reentrant_checkpoints():
-            return torch.func.functional_call(module, dict(substitutes), args, dict(kwargs))
+            result = torch.func.functional_call(module, dict(substitutes), args, dict(kwargs))
+        if versions != _versions(substitutes):
+            raise CaptureError(
+                f"the forward of {type(module).__name__} changes a parameter in place, and a rule transforms that "
+                "parameter's gradient: the change would be lost on a stand-in. Use via='penalty', or move the change "
+                "behind the optimizer's step."
+            )
+        return result
     finally:
         for inner, (weights, references) in zip(recurrent, kept, strict=True):
             inner._flat_weights, inner._flat_weight_refs = weights, references
+
+
+def _versions(substitutes: dict[str, Tensor]) -> list[int]:
+    """How often each was written in place; not to be seen while compiling or inside functorch."""
+    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        return []
+    return [tensor._version for tensor in substitutes.values()]
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 from . import calls
 from .errors import CaptureError
 from .module import CHILD, RegularizedModule
-from .tracing import SoundTracer, TracedValue, Untraceable, whole_reason
+from .proxies import TracedValue, Untraceable
+from .staleness import Remembered, remember
+from .tracing import SoundTracer, whole_reason
 
 Examples: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
@@ -27,10 +29,12 @@ class Captured:
     Attributes:
         graph: complete, with its output node; parameters are read where the forward reads them.
         opaque: for the path of every module called as a whole, why; `""` is the root.
+        remembered: what the graph holds as it was, for `check_unchanged`.
     """
 
     graph: fx.Graph
     opaque: Mapping[str, str]
+    remembered: tuple[Remembered, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,38 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
     arguments = read_arguments(model, example_inputs)
     odd = (f"argument {a.name!r} {a.oddity}" for a in arguments if a.oddity)
     reason = whole_reason(model) or next(odd, None)
-    for watch in () if reason else (False, True):
-        tracer = SoundTracer(model, root_alias=f"{CHILD}.model")
+    if reason is None:
         try:
-            graph = _trace(tracer, arguments, watch)
+            return _traced(model, arguments)
         except Untraceable as failure:
             reason = str(failure)
-        else:
-            reason = tracer.side_effect
-            if reason is None:
-                return Captured(graph, tracer.opaque)
+    return Captured(_whole(arguments), {"": reason})
+
+
+def _traced(model: nn.Module, arguments: tuple[Argument, ...]) -> Captured:
+    """Trace until nothing is left that an earlier trace could not know; raise Untraceable if the root must be opaque.
+
+    A second trace watches for side effects if the first had any. Another is needed for whoever reads what only the
+    modules that run as they are will write.
+    """
+    watches, forced = False, dict[str, str]()
+    while "" not in forced:
+        tracer = SoundTracer(model, f"{CHILD}.model", forced, watches)
+        try:
+            graph = _trace(tracer, arguments)
+        except Untraceable:
+            if watches or tracer.side_effect is None:
+                raise
         if tracer.side_effect is None:
-            break
-    return Captured(_whole(arguments), {"": reason or ""})
+            misled = tracer.ledger.misled()
+            if not misled:
+                remembered = remember(tracer.ledger.modules, tracer.ledger.reads.items())
+                return Captured(graph, tracer.opaque, remembered)
+            forced |= misled
+        elif watches:
+            raise Untraceable(tracer.side_effect)
+        watches = watches or tracer.side_effect is not None
+    raise Untraceable(forced[""])
 
 
 def refuse_transformed(model: nn.Module) -> None:
@@ -142,20 +165,30 @@ def _annotated_oddity(annotation: Any) -> str | None:
     return f"is annotated {name}" if name.partition("[")[0].rpartition(".")[2] in _PLAIN_TYPES else None
 
 
-def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...], watch: bool) -> fx.Graph:
+def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...]) -> fx.Graph:
     nodes = _add_placeholders(tracer.graph, arguments)
 
     def run() -> Any:
         values = {a.name: TracedValue(nodes[a.name], tracer) for a in arguments if a.is_open}
         args = [values.pop(a.name) for a in arguments if a.is_open and a.by_position]
-        return tracer.create_arg(tracer.root.forward(*args, **values))
+        output = tracer.root.forward(*args, **values)
+        if _holds_size(output):
+            tracer.give_up("returns a torch.Size")
+        return tracer.create_arg(output)
 
-    result = tracer.trace_root(run, watch)
+    result = tracer.trace_root(run)
     for argument in arguments:
         if argument.is_open and (argument.name in _undecided(arguments) or tracer.must_assert(nodes[argument.name])):
             tracer.expect(nodes[argument.name], f"argument {argument.name!r}")
     tracer.graph.output(result)
     return copy.deepcopy(tracer.graph)  # with names as if what was rolled back had never been
+
+
+def _holds_size(output: Any) -> bool:
+    """Whether an output has a size among its parts, which a graph's code would return as a tuple."""
+    if type(output) in (tuple, list):
+        return any(map(_holds_size, output))
+    return type(output) is torch.Size or (type(output) is dict and any(map(_holds_size, output.values())))
 
 
 def _whole(arguments: tuple[Argument, ...]) -> fx.Graph:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .effects import Effect, Penalty, checked_strength, strength_name
+from .arguments import checked_strength
+from .effects import Effect, Penalty, strength_name
 from .errors import FxregError, RuleError
 from .module import State, emitted, state_of
 

@@ -4,46 +4,26 @@
 definition with a strength gives an *effect*, the frozen value that a rule carries.
 """
 
-import ast
-import hashlib
 import inspect
-import math
-import textwrap
 import types
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Concatenate, Generic, Literal, ParamSpec, TypeAlias, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
 from . import operators
+from .arguments import Argument, checked_strength, coerced, read_arguments
 from .errors import RuleError
+from .fingerprints import fingerprint
+from .formulas import GradientFormula, PenaltyFormula
 
 Via: TypeAlias = Literal["penalty", "gradient", "optimizer", "proximal"]
-Strength: TypeAlias = Annotated[Tensor, "strength"]
-"""Annotates a formula's own strength: given as a number, live as a 0-d tensor in `fxreg.strengths`."""
-Stream: TypeAlias = Annotated[Tensor, "stream"]
-"""Annotates a formula's random stream, the int64 tensor `[key, step]`: one per parameter, advanced every forward."""
-
 P = ParamSpec("P")
 
 registry: dict[str, "Definition[Any]"] = {}
 """Every effect by name, built in or decorated by a user."""
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One parameter of a factory: how it is written in the operator's schema, and its default."""
-
-    name: str
-    schema: str
-    default: object = inspect.Parameter.empty
-
-    @property
-    def is_strength(self) -> bool:
-        return self.schema == "strength"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +133,7 @@ class Definition(Generic[P]):
 
     def register(self) -> None:
         """Enter the registry, replacing an effect of the same name, and define the operators."""
-        meaning = "\n".join([repr(self.parameters), *map(_source, self._functions())])
-        self.fingerprint = "x" + hashlib.sha256(meaning.encode()).hexdigest()[:8]
+        self.fingerprint = fingerprint(repr(self.parameters), self._functions())
         self._define_operators()
         registry[self.name] = self
 
@@ -165,26 +144,7 @@ class Definition(Generic[P]):
         """Define the operators of the formula; an effect without a node has none."""
 
     def _read_parameters(self) -> Iterator[Argument]:
-        try:
-            hints = typing.get_type_hints(self.function, include_extras=True)
-        except Exception as error:
-            raise RuleError(f"effect {self.name!r}: an annotation cannot be resolved: {error}.") from None
-        own = list(inspect.signature(self.function).parameters.values())
-        first = {p.kind for p in own[: self.leading]}
-        if (
-            len(own) < self.leading
-            or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own)
-            or inspect.Parameter.KEYWORD_ONLY in first
-        ):
-            raise RuleError(
-                f"effect {self.name!r}: its function must take {self.leading} tensor(s) first and then named "
-                f"parameters, but its signature is {inspect.signature(self.function)}."
-            )
-        for parameter in own[self.leading :]:
-            if parameter.name in _RESERVED:
-                raise RuleError(f"effect {self.name!r}: the parameter name {parameter.name!r} is taken; rename it.")
-            hint = hints.get(parameter.name, type(parameter.default))
-            yield Argument(parameter.name, _schema_of(self.name, parameter.name, hint), parameter.default)
+        return read_arguments(self.function, self.leading)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Effect:
         try:
@@ -199,7 +159,7 @@ class Definition(Generic[P]):
                     bound.arguments[argument.name], f"{self.name}({argument.name}=…)"
                 )
             elif argument.schema != "stream":
-                arguments[argument.name] = _coerced(self.name, argument, bound.arguments[argument.name])
+                arguments[argument.name] = coerced(self.name, argument, bound.arguments[argument.name])
         return _effect(self, strengths, arguments)
 
     def schema(self, *leading: str, tail: str = "") -> str:
@@ -241,49 +201,6 @@ def _registered(name: str, fingerprint: str) -> Definition[Any]:
             f"unpickling effect {name!r}: it {what} in this process. Import the module that defines it, unchanged."
         )
     return found
-
-
-@dataclass(frozen=True)
-class PenaltyFormula:
-    """R(w), its gradient in closed form where there is one, and how strengths enter.
-
-    Attributes:
-        function: R, or the penalty itself where the formula has strengths of its own.
-        closed_form: dR/dw.
-        implicit: whether one strength multiplies R from outside.
-    """
-
-    function: Callable[..., Tensor]
-    closed_form: Callable[..., Tensor] | None
-    implicit: bool
-
-    def value(self, weight: Tensor, strengths: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tensor:
-        """s·R(w) as a 0-d tensor: autocast off, 16-bit weights in float32."""
-        wide = weight.to(operators.accumulation_dtype(weight.dtype))
-        return self._scaled(self.function, wide, None, strengths, arguments)
-
-    def gradient(
-        self, seed: Tensor, weight: Tensor, strengths: Mapping[str, Tensor], arguments: Mapping[str, Any]
-    ) -> Tensor:
-        """seed · s · dR/dw from the closed form."""
-        assert self.closed_form is not None
-        return self._scaled(self.closed_form, weight, seed, strengths, arguments)
-
-    def _scaled(
-        self,
-        function: Callable[..., Tensor],
-        weight: Tensor,
-        seed: Tensor | None,
-        strengths: Mapping[str, Tensor],
-        arguments: Mapping[str, Any],
-    ) -> Tensor:
-        live = {name: strength.reshape(()).to(weight) for name, strength in strengths.items()}
-        with operators.without_autocast(weight.device):
-            factor = live.pop("strength") if self.implicit else None
-            if seed is not None:
-                factor = seed if factor is None else seed * factor
-            result = function(weight, **live, **arguments)
-            return result if factor is None else factor * result
 
 
 class Penalty(Definition[P]):
@@ -359,32 +276,6 @@ class Penalty(Definition[P]):
                 self.schema("Tensor weight", "Tensor scale"),
                 lambda weight, *tensors, **arguments: operators.pulled(pull, _as_given(arguments), weight, *tensors),
             )
-
-
-@dataclass(frozen=True)
-class GradientFormula:
-    """f(grad, weight), and how the loss scale and the tensors around it enter."""
-
-    function: Callable[..., Tensor]
-
-    def transform(
-        self,
-        grad: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        live: Mapping[str, Tensor],
-        arguments: Mapping[str, Any],
-    ) -> Tensor:
-        """scale · f(grad / scale); with scale ≠ 1 a gradient that is not finite passes unchanged."""
-        factor = scale.reshape(()).to(grad)
-        cast = {name: v.to(grad.device) for name, v in arguments.items() if isinstance(v, Tensor)}
-        for name, tensor in live.items():
-            cast[name] = tensor.reshape(()).to(grad) if tensor.is_floating_point() else tensor.to(grad.device)
-        with operators.without_autocast(grad.device):
-            result = self.function(grad / factor, weight, **{**arguments, **cast}) * factor
-            if result.shape != grad.shape:
-                raise RuleError(f"the new gradient has shape {tuple(result.shape)}, the old one {tuple(grad.shape)}")
-            return torch.where((factor == 1) | grad.isfinite().all(), result, grad)
 
 
 class Gradient(Definition[P]):
@@ -500,102 +391,3 @@ def gradient(function: Any = None, *, detach: bool = False) -> Any:
 def strength_name(label: str, effect: Effect, own: str) -> str:
     """What `fxreg.strengths` calls an effect's strength."""
     return label if len(effect.strengths) == 1 else f"{label}.{own}"
-
-
-def checked_strength(value: object, where: str) -> float:
-    """A strength as a float, or a RuleError: strengths are finite and not negative."""
-    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex() and not value.is_meta:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RuleError(f"{where}: a strength is a number, got {value!r}.")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or number < 0:
-        raise RuleError(f"{where}: a strength is finite and not negative, got {number!r}.")
-    return number
-
-
-_RESERVED = {"self", "weight", "grad", "value", "scale"}
-
-_SCHEMAS: dict[Any, str] = {
-    Tensor: "Tensor",
-    float: "float",
-    int: "int",
-    bool: "bool",
-    str: "str",
-    int | tuple[int, ...]: "int[]",
-    tuple[int, ...]: "int[]",
-    tuple[float, ...]: "float[]",
-}
-
-
-def _schema_of(effect: str, parameter: str, hint: Any) -> str:
-    if typing.get_origin(hint) is Annotated and hint.__metadata__[0] in ("strength", "stream"):
-        kind: str = hint.__metadata__[0]
-        if kind == "stream" and parameter != "stream":
-            raise RuleError(f"effect {effect!r}: call its random stream 'stream', not {parameter!r}.")
-        return kind
-    if hint in _SCHEMAS:
-        return _SCHEMAS[hint]
-    raise RuleError(
-        f"effect {effect!r}, parameter {parameter!r}: an operator cannot take {hint!r}. Annotate it as one of float, "
-        "int, bool, str, Tensor, tuple[int, ...], int | tuple[int, ...], tuple[float, ...] or fxreg.Strength."
-    )
-
-
-def _coerced(effect: str, argument: Argument, value: object) -> object:
-    match argument.schema, value:
-        case ("Tensor", Tensor()) | ("bool", bool()) | ("str", str()):
-            return value.detach() if isinstance(value, Tensor) else value
-        case ("int", _) if _is_int(value):
-            return value
-        case ("float", _) if _is_float(value):
-            return float(value)  # type: ignore[arg-type]
-        case ("int[]", _) if _is_int(value):
-            return (value,)
-        case ("int[]", tuple() | list()) if all(map(_is_int, value)):
-            return tuple(value)
-        case ("float[]", tuple() | list()) if all(map(_is_float, value)):
-            return tuple(map(float, value))
-    raise RuleError(f"{effect}({argument.name}=…): expected {argument.schema}, got {value!r}.")
-
-
-def _is_int(value: object) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63
-
-
-def _is_float(value: object) -> bool:
-    return (type(value) is float and not math.isnan(value)) or (type(value) is int and abs(value) < 2**1023)
-
-
-def _source(function: Callable[..., Any]) -> str:
-    """What decides a formula's meaning, as text: its syntax tree without docstring, its defaults and closure."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-        if isinstance(tree, ast.FunctionDef):
-            tree.decorator_list = []
-            if isinstance(tree.body[0], ast.Expr) and isinstance(tree.body[0].value, ast.Constant):
-                tree.body = tree.body[1:]
-        text = ast.dump(tree)
-    except (OSError, TypeError, SyntaxError):  # typed at a prompt, or made by exec
-        code = function.__code__
-        text = repr((code.co_code, code.co_consts, code.co_names))
-    around = [cell.cell_contents for cell in function.__closure__ or ()]
-    around += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    return "\n".join([text, *map(_identity, around)])
-
-
-def _identity(value: object) -> str:
-    """A text that two values share only if a formula cannot tell them apart."""
-    if isinstance(value, Tensor) and value.device.type != "meta":
-        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return f"tensor {value.dtype} {tuple(value.shape)} {hashlib.sha256(content).hexdigest()}"
-    if isinstance(value, types.FunctionType):
-        return _source(value)
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__}({','.join(map(_identity, value))})"
-    if isinstance(value, bool | int | float | complex | str | bytes | types.NoneType | types.ModuleType | type):
-        return repr(value)
-    return f"{type(value).__qualname__} at {id(value)}"  # alive as long as the formula is, so no other has this id

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from .effects import Stream, Strength, gradient
+from .arguments import Stream, Strength
+from .effects import gradient
 
 
 @gradient

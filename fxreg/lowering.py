@@ -15,7 +15,7 @@ from .capture import Captured
 from .effects import Effect, Gradient, Penalty, strength_name
 from .errors import CaptureError
 from .hidden_uses import hidden_uses
-from .module import CHILD, Provenance, RegularizedModule, State, located
+from .module import CHILD, Provenance, RegularizedModule, State, located, scalar_dtype
 from .planning import Emit, LeaveToCompanion, Penalize, Plan, PullBack
 
 
@@ -43,7 +43,7 @@ class _Lowering:
         self.arguments: dict[tuple[str, str], str] = {}
         self.reads: dict[str, fx.Node] = {}
         provenance = Provenance(plan, emit, captured.opaque, False, self.nodes, self.strengths, self.streams)
-        self.state = State(model, captured.graph, provenance)
+        self.state = State(model, captured.graph, captured.remembered, provenance, self.device)
         for edit in plan.edits:
             if not isinstance(edit, LeaveToCompanion):
                 self._register(edit.label, edit.effect)
@@ -64,7 +64,7 @@ class _Lowering:
         device = self.device
         for name, value in effect.strengths.items():
             public = strength_name(label, effect, name)
-            dtype = torch.float32 if device.type == "mps" else torch.float64
+            dtype = scalar_dtype(device)
             if public not in self.strengths:
                 self.strengths[public] = self._buffer(public, torch.tensor([value], dtype=dtype, device=device))
         for name, value in effect.arguments.items():
@@ -246,7 +246,7 @@ def _parameter_names(model: nn.Module) -> dict[str, str]:
 
 
 def _stream_key(edit: PullBack) -> int:
-    words = f"{edit.effect.arguments.get('seed', 0)}\n{edit.site}".encode()
+    words = f"{edit.effect.arguments.get('seed', 0)}\n{edit.label}\n{edit.site}".encode()
     return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
 
 

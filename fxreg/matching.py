@@ -198,7 +198,10 @@ def _labels(rules: tuple[Rule, ...]) -> tuple[str, ...]:
 
 
 def _check_takes(label: str, effect: Effect, sites: tuple[Site, ...]) -> None:
-    for site in {(site.shape, site.dtype): site for site in reversed(sites)}.values():
+    alike: dict[tuple[object, ...], Site] = {}
+    for site in sites:
+        alike.setdefault((site.shape, site.dtype), site)
+    for site in alike.values():
         if not site.dtype.is_floating_point:
             what = "complex" if site.dtype.is_complex else "not a floating-point tensor"
             raise MatchError(

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name, map_aggregate  # private: the names fx itself writes into code
 
 from .errors import FxregError
-from .planning import Emit, Plan
+from .planning import Emit, LeaveToCompanion, Plan
+from .staleness import Remembered
 
 CHILD = "fxreg"
 """The name of the one child that fxreg adds to the emitted module."""
@@ -27,12 +28,12 @@ def located(path: str) -> str:
     return f"{CHILD}.model.{path}" if path.partition(".")[0] in _TAKEN else path
 
 
-_bound: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
+_bound: "WeakKeyDictionary[nn.Module, set[tuple[str, str]]]" = WeakKeyDictionary()
 
 
-def bind(model: nn.Module, labels: Iterable[str]) -> None:
-    """Note that the companion of these rules was called for a model, before or after it was transformed."""
-    _bound.setdefault(model, set()).update(labels)
+def bind(model: nn.Module, edits: Iterable[LeaveToCompanion]) -> None:
+    """Note that the companion of these edits was called for a model, before or after it was transformed."""
+    _bound.setdefault(model, set()).update((repr(edit.effect), edit.site) for edit in edits)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Provenance:
     streams: Mapping[tuple[str, str], str]
 
 
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it: float32(1e-4) is off by 2.5e-8."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class State(nn.Module):
     """The child `fxreg`: strengths, loss scale and streams as buffers that only ever move between devices.
 
@@ -65,15 +71,24 @@ class State(nn.Module):
     It keeps the original model, outside `_modules`, so that its parameters are not counted twice.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, provenance: Provenance) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        remembered: tuple[Remembered, ...],
+        provenance: Provenance,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         vars(self)["_model"] = model
         self.captured = graph
+        self.remembered = remembered
         self.provenance = provenance
         self.scale_was_set = False
         self.warned_unbound = False
         self.backwards_watched = 0
-        self.register_buffer("loss_scale", torch.tensor([1.0], dtype=torch.float64, device="cpu"), persistent=False)
+        one = torch.ones(1, dtype=scalar_dtype(device), device=device)
+        self.register_buffer("loss_scale", one, persistent=False)
 
     loss_scale: Tensor
 
@@ -97,7 +112,7 @@ class State(nn.Module):
         """The labels of the rules whose companion call has not come yet."""
         plan, bound = self.provenance.plan, _bound.get(self.model, set())
         waiting = [*plan.companions("optimizer"), *plan.companions("proximal")]
-        return tuple(dict.fromkeys(edit.label for edit in waiting if edit.label not in bound))
+        return tuple(dict.fromkeys(e.label for e in waiting if (repr(e.effect), e.site) not in bound))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "State":
         # Whatever fn does to dtypes and values is for the model's state; only where it puts tensors matters here.

@@ -28,7 +28,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 
 NAMESPACE = "fxreg"
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_libraries: list[torch.library.Library] = []
 _implementations: dict[str, Callable[..., Any]] = {}
 
 Formula = Callable[[Tensor, Tensor, tuple[Tensor, ...], dict[str, Any]], Tensor]
@@ -41,8 +41,11 @@ def define(name: str, overload: str, schema: str, implementation: Callable[..., 
     known = qualified in _implementations
     _implementations[qualified] = implementation
     if not known:
-        _library.define(qualified + schema)  # type: ignore[no-untyped-call]
-        _library.impl(  # type: ignore[no-untyped-call]
+        # A library each: overloads of one name in one library abort the interpreter when it deregisters them at exit.
+        library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+        _libraries.append(library)
+        library.define(qualified + schema)  # type: ignore[no-untyped-call]
+        library.impl(  # type: ignore[no-untyped-call]
             qualified,
             functools.partial(_run, qualified),
             "CompositeImplicitAutograd",

@@ -74,7 +74,7 @@ def param_groups(
     if "weight_decay" not in options:
         for group in groups.values():
             del group["weight_decay"]
-    bind(model, (edit.label for edit in edits))
+    bind(model, edits)
     return sorted(groups.values(), key=lambda group: -group.get("weight_decay", 0.0))
 
 

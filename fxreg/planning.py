@@ -117,7 +117,7 @@ def _row(edit: Edit) -> tuple[str, ...]:
             notes += [] if edit.trainable else ["frozen: has no gradient to act on"]
         case LeaveToCompanion():
             lowering = edit.via
-            notes += [] if edit.trainable else ["frozen: left out"]
+            notes.append("only while it has a gradient" if edit.trainable else "frozen: left out")
         case unknown:
             assert_never(unknown)
     size = f"{edit.shape.numel():,}"

@@ -9,7 +9,8 @@ from typing import Concatenate, ParamSpec, cast
 import torch
 from torch import Tensor
 
-from .effects import OptimizerOption, Penalty, Strength, penalty
+from .arguments import Strength
+from .effects import OptimizerOption, Penalty, penalty
 
 P = ParamSpec("P")
 

@@ -9,18 +9,19 @@ import dis
 import functools
 import inspect
 import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 _OPCODES = {
-    "BEFORE_WITH": "enters a context manager",
-    "BEFORE_ASYNC_WITH": "enters a context manager",
-    "STORE_GLOBAL": "writes a global variable",
-    "DELETE_GLOBAL": "deletes a global variable",
-    "STORE_ATTR": "writes an attribute",
-    "DELETE_ATTR": "deletes an attribute",
+    "BEFORE_WITH": "enters",
+    "BEFORE_ASYNC_WITH": "enters",
+    "STORE_GLOBAL": "writes the global variable",
+    "DELETE_GLOBAL": "deletes the global variable",
+    "STORE_ATTR": "writes the attribute",
+    "DELETE_ATTR": "deletes the attribute",
     "IS_OP": "compares identities",
 }
 _ASKS = {
@@ -29,6 +30,7 @@ _ASKS = {
     "vars": "looks into an object's dictionary",
     "__dict__": "looks into an object's dictionary",
     "__class__": "asks for a class",
+    "Proxy": "asks whether it is traced",
     "globals": "looks into the globals",
     "locals": "looks into the locals",
     "callable": "asks whether something can be called",
@@ -45,51 +47,105 @@ _ASKS = {
 }
 _MUTABLE = (list, dict, set)
 _LIBRARIES = ("torch", "numpy", "builtins", "math", "functools", "itertools", "operator", "collections", "typing")
+_CHANGING = {
+    "append", "appendleft", "add", "update", "setdefault", "pop", "popitem", "extend", "clear", "insert", "remove",
+    "discard", "__setitem__", "setattr", "put",
+}  # fmt: skip
 
 
-_CHANGING = {"append", "add", "update", "setdefault", "pop", "extend", "clear", "insert", "remove", "__setitem__"}
+_Result = TypeVar("_Result")
+
+
+def _once_per_function(scan: Callable[[types.FunctionType], _Result]) -> Callable[[types.FunctionType], _Result]:
+    """Remember what a scan found, for as long as the function lives."""
+    found: WeakKeyDictionary[types.FunctionType, _Result] = WeakKeyDictionary()
+
+    @functools.wraps(scan)
+    def scan_once(function: types.FunctionType) -> _Result:
+        if function not in found:
+            found[function] = scan(function)
+        return found[function]
+
+    return scan_once
 
 
 def untraceable_reason(module: nn.Module) -> str | None:
     """Why a module's forward must not be traced, if its code says so."""
+    return next(filter(None, map(_function_reason, functions_of(module))), None)
+
+
+def asks_for_none(module: nn.Module) -> bool:
+    """Whether a module's code asks somewhere whether something is None."""
+    return any(map(_asks_for_none, functions_of(module)))
+
+
+def mentioned_names(module: nn.Module) -> frozenset[str]:
+    """Every name, and every string that could be one, in a module's code."""
+    return frozenset().union(*map(_mentions, functions_of(module)))
+
+
+def written_names(functions: Iterable[types.FunctionType]) -> frozenset[str]:
+    """Every name that these functions may give a new value, other than local ones."""
+    return frozenset().union(*map(_writes, functions))
+
+
+def changes_containers(functions: Iterable[types.FunctionType]) -> bool:
+    """Whether these functions may change what a container holds."""
+    return any(map(_may_change_containers, functions))
+
+
+def functions_of(module: nn.Module) -> tuple[types.FunctionType, ...]:
+    """The user's functions that a forward pass of a module may reach."""
+    helpers = [v for v in vars(module).values() if callable(v) and not isinstance(v, type | nn.Module)]
+    kinds = dict.fromkeys(type(v) for v in helpers if not _is_library(type(v)))
+    kept = dict.fromkeys(function for v in helpers if (function := _as_function(v)) is not None)
     forward = getattr(type(module), "forward", None)
-    return None if forward is None else _reason(type(module), forward)  # type: ignore[arg-type]
+    if kept:  # an instance's own functions may hold its tensors: no cache must
+        return _reached((type(module), *kinds), (forward, *kept))
+    return _reachable((type(module), *kinds), forward)
+
+
+def functions_behind(function: Any) -> tuple[types.FunctionType, ...]:
+    """The user's functions that a call of a function, bound method or callable object may reach."""
+    owner = getattr(function, "__self__", function)
+    start = function if _as_function(function) else inspect.getattr_static(type(function), "__call__", None)
+    return _reached((type(owner),), (start,))
 
 
 @functools.lru_cache(maxsize=4096)
-def _reason(owner: Any, forward: Any) -> str | None:
-    reasons = (_function_reason(function) for function in _reachable(owner, forward))
-    return next(filter(None, reasons), None)
+def _reachable(owners: tuple[type, ...], forward: Any) -> tuple[types.FunctionType, ...]:
+    return _reached(owners, (forward,))
 
 
-def _reachable(owner: type, forward: Any) -> Iterator[types.FunctionType]:
-    """The functions that a method names, and those that these name, outside well-known libraries."""
-    waiting, seen = [forward], set()
+def _reached(owners: tuple[type, ...], start: tuple[Any, ...]) -> tuple[types.FunctionType, ...]:
+    """Some functions, and those that these name, outside well-known libraries."""
+    waiting = [*start, *(inspect.getattr_static(owner, "__call__", None) for owner in owners[1:])]
+    found: dict[types.FunctionType, None] = {}
     while waiting:
         function = _as_function(waiting.pop())
-        if function is None or function in seen or _is_library(function):
+        if function is None or function in found or _is_library(function):
             continue
-        seen.add(function)
-        yield function
+        found[function] = None
         waiting += [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
         waiting.append(getattr(function, "__wrapped__", None))
         for name in _names(function.__code__):
             waiting.append(function.__globals__.get(name))
-            waiting.append(inspect.getattr_static(owner, name, None))
+            waiting += [inspect.getattr_static(owner, name, None) for owner in owners]
+    return tuple(found)
 
 
 def _as_function(value: Any) -> types.FunctionType | None:
-    if isinstance(value, staticmethod | classmethod | types.MethodType):
+    if type(value) in (staticmethod, classmethod, types.MethodType):
         value = value.__func__
-    if isinstance(value, property):
+    if type(value) is property:
         value = value.fget
-    if isinstance(value, functools.cached_property | functools.partial):
+    if type(value) in (functools.cached_property, functools.partial):
         value = value.func
-    return value if isinstance(value, types.FunctionType) else None
+    return value if type(value) is types.FunctionType else None
 
 
-def _is_library(function: types.FunctionType) -> bool:
-    return (function.__module__ or "").partition(".")[0] in _LIBRARIES
+def _is_library(definition: Any) -> bool:
+    return (definition.__module__ or "").partition(".")[0] in _LIBRARIES
 
 
 def _filled(cell: types.CellType) -> bool:
@@ -110,39 +166,110 @@ def _names(code: types.CodeType) -> set[str]:
     return {name for one in _codes(code) for name in one.co_names}
 
 
+@_once_per_function
+def _mentions(function: types.FunctionType) -> frozenset[str]:
+    constants = (constant for code in _codes(function.__code__) for constant in code.co_consts)
+    return frozenset(_names(function.__code__)).union(c for c in constants if isinstance(c, str))
+
+
+@_once_per_function
+def _writes(function: types.FunctionType) -> frozenset[str]:
+    stored = {
+        str(i.argval)
+        for code in _codes(function.__code__)
+        for i in dis.get_instructions(code)
+        if i.opname.startswith(("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"))
+    }
+    mentions = _mentions(function)
+    return mentions | stored if mentions & {"setattr", "vars", "__dict__", "globals"} else frozenset(stored)
+
+
+@_once_per_function
+def _may_change_containers(function: types.FunctionType) -> bool:
+    codes = [*_codes(function.__code__)]
+    stores = any(i.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for c in codes for i in dis.get_instructions(c))
+    return stores or not _CHANGING.isdisjoint(_names(function.__code__))
+
+
+@_once_per_function
+def _asks_for_none(function: types.FunctionType) -> bool:
+    for code in _codes(function.__code__):
+        before = None
+        for instruction in dis.get_instructions(code):
+            name = instruction.opname  # `if x is None` is a jump of its own
+            if name.endswith("_NONE") or (name == "IS_OP" and before is not None and before.argval is None):
+                return True
+            before = instruction
+    return False
+
+
+@_once_per_function
 def _function_reason(function: types.FunctionType) -> str | None:
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     what = next((f"has a default that can change ({d!r})" for d in defaults if isinstance(d, _MUTABLE)), None)
     if what is None and _may_change_a_global(function):
         what = "changes a global container"
-    what = what or next((reason for code in _codes(function.__code__) if (reason := _code_reason(code))), None)
+    if what is None:
+        what = next((reason for c in _codes(function.__code__) if (reason := _code_reason(c, function))), None)
     return None if what is None else f"{function.__qualname__} {what}"
 
 
 def _may_change_a_global(function: types.FunctionType) -> bool:
     names = _names(function.__code__)
     containers = any(isinstance(function.__globals__.get(name), _MUTABLE) for name in names)
-    return containers and (
-        not names.isdisjoint(_CHANGING)
-        or any(i.opname == "STORE_SUBSCR" for code in _codes(function.__code__) for i in dis.get_instructions(code))
-    )
+    return containers and _may_change_containers(function)
 
 
-def _code_reason(code: types.CodeType) -> str | None:
-    if code.co_exceptiontable and "BEFORE_WITH" not in {i.opname for i in dis.get_instructions(code)}:
+def _code_reason(code: types.CodeType, function: types.FunctionType) -> str | None:
+    instructions = [*dis.get_instructions(code)]
+    if code.co_exceptiontable and "BEFORE_WITH" not in {i.opname for i in instructions}:
         return "catches exceptions"
-    before = None
-    for instruction in dis.get_instructions(code):
-        name = instruction.opname
-        if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and instruction.argval in _ASKS:
-            return _ASKS[instruction.argval]
-        against_none = name == "IS_OP" and before is not None and before.argval is None
-        if name in _OPCODES and not against_none and not _on_self(name, before):
-            return _OPCODES[name]
-        before = instruction
+    for position, instruction in enumerate(instructions):
+        name, argument = instruction.opname, instruction.argval
+        if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and argument in _ASKS:
+            return _ASKS[argument]
+        if name == "LOAD_GLOBAL" and (asks := _asks_under_another_name(function.__globals__.get(argument))):
+            return asks
+        if name == "STORE_DEREF" and argument in function.__code__.co_freevars:
+            return f"writes the variable {argument!r} of an enclosing function"
+        if name not in _OPCODES or (name == "IS_OP" and instructions[position - 1].argval is None):
+            continue
+        match name:
+            case "IS_OP":
+                return _OPCODES[name]
+            case "BEFORE_WITH" | "BEFORE_ASYNC_WITH":
+                return f"{_OPCODES[name]} {_context_name(instructions[:position])}"
+            case "STORE_ATTR" | "DELETE_ATTR" if _is_on_self(instructions[:position], argument):
+                continue  # the tracer notices by itself, and only if it happens
+        return f"{_OPCODES[name]} {argument!r}"
     return None
 
 
-def _on_self(name: str, before: dis.Instruction | None) -> bool:
-    """`self.x = …`: the tracer notices by itself, and only if it happens."""
-    return name in ("STORE_ATTR", "DELETE_ATTR") and before is not None and before.argval == "self"
+def _asks_under_another_name(value: Any) -> str | None:
+    """What a function of torch's asks that was imported under a name of the user's choice."""
+    library = isinstance(value, types.BuiltinFunctionType | types.FunctionType) and _is_library(value)
+    return _ASKS.get(value.__name__) if library else None
+
+
+def _context_name(before: list[dis.Instruction]) -> str:
+    """The dotted name in front of a `with` statement's call, which begins where the call does."""
+    start = before[-1].positions
+    chain = [
+        str(i.argval)
+        for i in before
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_DEREF", "LOAD_ATTR", "LOAD_METHOD")
+        and start is not None
+        and i.positions is not None
+        and (i.positions.lineno, i.positions.col_offset) == (start.lineno, start.col_offset)
+    ]
+    return ".".join(chain) or "a context manager"
+
+
+def _is_on_self(before: list[dis.Instruction], name: str) -> bool:
+    """Whether an attribute is that of `self`: `self.x = …`, or `self.x += …`."""
+    if before[-1].argval == "self":
+        return True
+    if before[-1].opname != "SWAP":
+        return False
+    updated = [i for i, one in enumerate(before) if one.opname == "LOAD_ATTR" and one.argval == name]
+    return bool(updated) and before[updated[-1] - 1].opname == "COPY" and before[updated[-1] - 2].argval == "self"

@@ -1,87 +1,203 @@
 """Remembering the Python state around a model's modules, to notice and undo what running a forward did to it."""
 
 import collections
+import functools
 import operator
 import random
+import sys
 import types
-from collections.abc import Iterable, MutableMapping, MutableSequence, MutableSet
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 
-_PLAIN = (
-    bool, int, float, complex, str, bytes, types.NoneType, type, types.ModuleType, types.FunctionType,
-    types.BuiltinFunctionType, types.MethodType, torch.Tensor, torch.dtype, torch.device, torch.Size,
+_INERT = (
+    bool, int, float, complex, str, bytes, types.NoneType, type, types.ModuleType, types.BuiltinFunctionType,
+    torch.dtype, torch.device, torch.Size, fx.Graph,
 )  # fmt: skip
 _CONTAINERS = (dict, list, set, collections.deque)
+_EMPTY: dict[Any, Any] = {}  # every module has a dozen of them
+_LEAVES = frozenset(_INERT)
+_TENSORS = frozenset({Tensor, nn.Parameter})
+
+_Trail: TypeAlias = tuple[Any, ...]
+"""How a value was reached: the trail of what holds it, and its key there; a name is made of it only when needed."""
 
 
 class Snapshot:
-    """Every list, dict, set, deque, random generator and plain object reachable from the modules' attributes.
+    """Every list, dict, set, deque, array, random generator and plain object reachable from the modules' attributes.
 
-    Tensors' values are not remembered: a tracer runs nothing that changes them.
+    Tensors' values are remembered only on request: a tracer runs nothing that changes them.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._held: list[tuple[str, Any, Any]] = []
-        waiting: list[tuple[str, Any]] = []
-        seen: set[int] = set()
+    def __init__(self, modules: Iterable[nn.Module], with_values: bool = False, also: Iterable[Any] = ()) -> None:
+        self._held: dict[int, tuple[_Trail, Any, Any]] = {}
+        self._passed = _LEAVES if with_values else _LEAVES | _TENSORS
+        waiting: list[tuple[_Trail, Any]] = [((), value) for value in also]
         for module in modules:
-            for name, value in self._hold(type(module).__name__, vars(module)):
-                waiting.append((name, value))
+            waiting += self._hold((type(module).__name__,), vars(module))
+        seen: set[int] = set()
         while waiting:
-            name, value = waiting.pop()
-            if id(value) in seen or isinstance(value, _PLAIN):
+            trail, value = waiting.pop()
+            if id(value) in seen or isinstance(value, (*_INERT, nn.Module)):
                 continue
             seen.add(id(value))
-            if isinstance(value, random.Random):
-                self._held.append((name, value, value.getstate()))
-            elif isinstance(value, _CONTAINERS):
-                waiting += self._hold(name, value)
-            elif isinstance(value, tuple | frozenset):
-                waiting += [(name, one) for one in value]
-            elif not isinstance(value, nn.Module) and isinstance(getattr(value, "__dict__", None), dict):
-                waiting += self._hold(name, vars(value))
+            if isinstance(value, Tensor) and not (with_values and _can_be_compared(value)):
+                continue
+            waiting += self._hold(trail, value)
 
-    def _hold(self, name: str, container: Any) -> list[tuple[str, Any]]:
-        if isinstance(container, dict):
-            self._held.append((name, container, dict(container)))
-            return [(f"{name}.{key}", value) for key, value in container.items()]
-        self._held.append((name, container, list(container)))
-        return [(name, value) for value in container]
+    def _hold(self, trail: "_Trail", value: Any) -> list[tuple["_Trail", Any]]:
+        """Remember a value's own state, if it has one, and return what it refers to."""
+        before = _state(value)
+        if before is not None:
+            self._held[id(value)] = (trail, value, before)
+        if isinstance(value, dict):
+            return [((trail, key), one) for key, one in value.items() if type(one) not in self._passed]
+        return [(trail, one) for one in _inside(value) if type(one) not in self._passed]
 
-    def changed(self) -> str | None:
-        """Where something is no longer as it was, if anywhere."""
-        return next((name for name, now, before in self._held if not _same(now, before)), None)
+    def holds(self, value: Any) -> bool:
+        """Whether a value is among what is remembered."""
+        return id(value) in self._held
+
+    def changed(self, within: "Snapshot | None" = None) -> str | None:
+        """Where something is no longer as it was, if anywhere; only in what another snapshot also remembers."""
+        held = self._held.values() if within is None else [self._held[i] for i in within._held if i in self._held]
+        return next((_named(trail) for trail, now, before in held if not _same(now, before)), None)
 
     def restore(self) -> None:
         """Put everything back."""
-        for _, now, before in self._held:
+        for _, now, before in self._held.values():
             if not _same(now, before):
                 _put_back(now, before)
 
 
+def _named(trail: _Trail) -> str:
+    if trail and isinstance(trail[0], tuple):
+        return f"{_named(trail[0])}.{trail[1]}"
+    return str(trail[0]) if trail else ""
+
+
+def _can_be_compared(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and tensor.layout == torch.strided
+
+
+def _state(value: Any) -> Any:
+    """A copy of what is mutable in a value itself; None where nothing is."""
+    if isinstance(value, dict):
+        return dict(value) if value else _EMPTY
+    numpy = sys.modules.get("numpy")
+    match value:
+        case list() | set() | collections.deque():
+            return list(value)
+        case random.Random():
+            return value.getstate()
+        case torch.Generator():
+            with torch._C.DisableTorchFunction():
+                return value.get_state()
+        case Tensor():
+            return value.detach().clone()
+        case _ if numpy is not None and isinstance(value, numpy.ndarray):
+            return value.copy()
+        case _ if numpy is not None and isinstance(value, numpy.random.Generator):
+            return value.bit_generator.state
+        case _ if numpy is not None and isinstance(value, numpy.random.RandomState):
+            return value.get_state(legacy=False)
+    return None
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What a value that is no dict refers to, and could be changed through it."""
+    match value:
+        case Tensor():
+            return
+        case list() | set() | collections.deque() | tuple() | frozenset():
+            yield from value
+        case functools.partial():
+            yield from (value.func, value.args, value.keywords)
+        case types.MethodType():
+            yield value.__self__
+        case types.FunctionType():
+            for cell in value.__closure__ or ():
+                try:
+                    yield cell.cell_contents
+                except ValueError:  # not filled yet
+                    continue
+    if not isinstance(value, types.FunctionType | types.MethodType) and isinstance(
+        getattr(value, "__dict__", None), dict
+    ):
+        yield vars(value)
+
+
 def _same(now: Any, before: Any) -> bool:
-    if isinstance(now, random.Random):
-        return bool(now.getstate() == before)
-    if len(now) != len(before):
-        return False
     if isinstance(now, dict):
-        return all(map(operator.is_, now, before)) and all(map(operator.is_, now.values(), before.values()))
-    return all(map(operator.is_, now, before))
+        if not now and not before:
+            return True
+        same_keys = len(now) == len(before) and all(map(operator.is_, now, before))
+        return same_keys and all(map(operator.is_, now.values(), before.values()))
+    if isinstance(now, _CONTAINERS):
+        return len(now) == len(before) and all(map(operator.is_, now, before))
+    if isinstance(now, Tensor | torch.Generator):
+        with torch._C.DisableTorchFunction():
+            return torch.equal(_state(now) if isinstance(now, torch.Generator) else now.detach(), before)
+    if type(before).__module__ == "numpy":
+        return bool(now.shape == before.shape and now.tobytes() == before.tobytes())
+    return repr(_state(now)) == repr(before)
 
 
 def _put_back(now: Any, before: Any) -> None:
     match now:
-        case random.Random():
-            now.setstate(before)
-        case MutableMapping():
-            dict.clear(now)
-            dict.update(now, before)
-        case MutableSet():
+        case dict():
+            _put_back_dict(now, before)
+        case set():
             now.clear()
-            now |= before if isinstance(before, set) else set(before)
-        case MutableSequence() | collections.deque():
+            now.update(before)
+        case list() | collections.deque():
             now.clear()
             now.extend(before)
+        case random.Random():
+            now.setstate(before)
+        case torch.Generator():
+            with torch._C.DisableTorchFunction():
+                now.set_state(before)
+        case Tensor():
+            with torch.no_grad():
+                now.copy_(before)
+        case _ if hasattr(now, "bit_generator"):
+            now.bit_generator.state = before
+        case _ if hasattr(now, "set_state"):
+            now.set_state(before)
+        case _:
+            now[...] = before
+
+
+def _put_back_dict(now: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Another thread may be reading it meanwhile, so it is emptied only if its order has changed."""
+    kind: Any = collections.OrderedDict if isinstance(now, collections.OrderedDict) else dict
+    for key in now.keys() - before.keys():
+        kind.__delitem__(now, key)
+    for key, value in before.items():
+        kind.__setitem__(now, key, value)
+    if list(now) != list(before):
+        kind.clear(now)
+        kind.update(now, before)
+
+
+def rng_state() -> tuple[Any, ...]:
+    """The state of torch's CPU generator, Python's and, where NumPy is loaded, its global one."""
+    with torch._C.DisableTorchFunction():
+        own = bytes(torch.default_generator.get_state().tolist())
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return (own, random.getstate())
+    kind, keys, *rest = numpy.random.get_state()
+    return (own, random.getstate(), (kind, tuple(keys.tolist()), *rest))
+
+
+def set_rng_state(state: tuple[Any, ...]) -> None:
+    """Set back what `rng_state` gave."""
+    with torch._C.DisableTorchFunction():
+        torch.default_generator.set_state(torch.tensor(list(state[0]), dtype=torch.uint8, device="cpu"))
+    random.setstate(state[1])
+    if len(state) > 2:
+        sys.modules["numpy"].random.set_state(state[2])

@@ -6,126 +6,30 @@ kept. Nothing that depends on the moment of tracing is baked in: `training` flag
 nodes, and any tensor computed at trace time is a reason to give up.
 """
 
-import dis
 import math
 import operator
-import random
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import immutable_collections
-from torch.fx.proxy import Attribute
 from torch.nn.modules import module as module_globals
-from torch.overrides import TorchFunctionMode
 
-from .calls import expect_tensor, unpack
-from .scanning import untraceable_reason
-from .snapshots import Snapshot
+from .calls import expect_tensor
+from .interception import intercepted
+from .proxies import TracedValue, Untraceable
+from .scanning import asks_for_none, untraceable_reason
+from .side_channels import HOOKS, Ledger
+from .snapshots import Snapshot, rng_state, set_rng_state
 
 _LAYERS = ("torch.nn.modules.", "torch.nn.utils.parametrize", "torch.ao.nn.")
 _CONTAINERS = (
     tuple, list, dict, torch.Size, immutable_collections.immutable_list, immutable_collections.immutable_dict
 )  # fmt: skip
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 _ACCEPT_NONE = {operator.eq, operator.ne, operator.is_, operator.is_not, operator.contains}
-_CHANGES = (
-    "__delattr__", "register_buffer", "register_parameter", "add_module", "register_forward_hook",
-    "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook", "_apply",
-)  # fmt: skip
-
-
-class Untraceable(BaseException):
-    """A graph cannot hold what the forward did. No `Exception`: a forward's own `except` must not swallow it."""
-
-
-class TracedValue(fx.Proxy):
-    """A proxy that refuses every question about its value that tracing cannot answer."""
-
-    tracer: "SoundTracer"
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # what isinstance() asks once the real type has said no
-        return self.tracer.claimed_type(self)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if not hasattr(Tensor, name):
-            self.tracer.give_up(f"asks for attribute {name!r}, which a tensor does not have")
-        return _TracedAttribute(self, name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in ("tracer", "node", "root", "attr", "_node"):
-            self.tracer.give_up(f"sets attribute {name!r} of a value")
-        object.__setattr__(self, name, value)
-
-    def __iter__(self) -> Iterator[Any]:
-        self.tracer.check_known_structure(self)
-        caller = sys._getframe(1)
-        step = next(i for i in dis.get_instructions(caller.f_code) if i.offset == caller.f_lasti)
-        if step.opname != "UNPACK_SEQUENCE":
-            self.tracer.give_up("iterates over a value")
-        parts = self.tracer.call(unpack, self, step.argval)
-        return iter([parts[i] for i in range(step.argval)])
-
-    def __getitem__(self, key: Any) -> Any:
-        self.tracer.check_known_structure(self)
-        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
-
-    @property
-    def keys(self) -> Any:
-        self.tracer.give_up("asks for keys of a value")
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-class _TracedAttribute(TracedValue, Attribute):
-    """`value.name`, a node only once it is used other than by being called."""
-
-    def __init__(self, root: TracedValue, attr: str) -> None:
-        Attribute.__init__(self, root, attr)
-
-
-def _refusing(name: str) -> Callable[..., Any]:
-    def refuse(self: TracedValue, *_: Any) -> Any:
-        self.tracer.give_up(f"asks {name} of a value")
-
-    return refuse
-
-
-def _in_place(target: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
-
-
-for _name in (
-    "bool", "len", "int", "float", "complex", "index", "contains", "format", "array", "round", "trunc", "floor",
-    "ceil", "enter", "exit", "reversed", "delitem", "dlpack", "hash", "repr", "str", "copy", "deepcopy", "reduce_ex",
-):  # fmt: skip
-    setattr(TracedValue, f"__{_name}__", _refusing(f"__{_name}__"))
-
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-    "matmul",
-):
-    setattr(TracedValue, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
 class SoundTracer(fx.Tracer):
@@ -133,9 +37,12 @@ class SoundTracer(fx.Tracer):
 
     After `trace_root`, `graph` holds the nodes up to but without the output node, and `opaque` the path of every
     module that is called as a whole although it is not one of torch's own, with the reason.
+
+    Comparing all Python state around every module is slow. It is done with `watches`, once a first trace has found in
+    `side_effect` that there is something to find.
     """
 
-    def __init__(self, root: nn.Module, root_alias: str) -> None:
+    def __init__(self, root: nn.Module, root_alias: str, forced: Mapping[str, str], watches: bool) -> None:
         super().__init__(autowrap_modules=(math,))
         self.root = root
         self.graph = fx.Graph()
@@ -143,13 +50,16 @@ class SoundTracer(fx.Tracer):
         self._root_alias = root_alias
         self._paths = {module: path for path, module in reversed([*root.named_modules(remove_duplicate=False)])}
         self._tensors = _tensor_paths(self._paths, root_alias)
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         self._poison: str | None = None
         self._opaque_results: dict[fx.Node, str] = {}
         self._asked_type: set[fx.Node] = set()
         self._scope: list[tuple[str, type]] = []
-        self._watches = False
+        self._watches = watches
+        self._forced = forced
+        self.ledger = Ledger()
         self.side_effect: str | None = None
+        self._suspicion: str | None = None
 
     # What the forward asks of its values.
 
@@ -199,7 +109,7 @@ class SoundTracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.check_poison()
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self.thread:
             self.give_up("runs part of itself in another thread")
         if _ambient_state() != self._ambient:
             self.give_up("runs part of itself in another grad, autocast or inference mode")
@@ -212,6 +122,19 @@ class SoundTracer(fx.Tracer):
         result = self.create_proxy("call_function", function, args, {})
         result.node.meta["is_wrapped"] = True
         return result
+
+    def note_read(self, module: nn.Module, name: str, value: Any) -> None:
+        """Remember that a forward read something that a graph holds as it was."""
+        if hasattr(type(value), "__next__"):
+            self.give_up(f"reads the iterator {type(module).__name__}.{name}")
+        if module in self._paths and self._scope:
+            self.ledger.read(self._scope[-1][0], self._paths[module], name, value)
+
+    def read_training(self, module: nn.Module) -> Any:
+        owner = self.path_of(module) or self._root_alias.partition(".")[0]
+        return self.create_proxy(
+            "call_function", getattr, (self.create_proxy("get_attr", owner, (), {}), "training"), {}
+        )
 
     # Modules.
 
@@ -226,16 +149,19 @@ class SoundTracer(fx.Tracer):
         path = self.path_of(module)
         if not path:
             self.give_up("calls itself")
+        if self._watches and (changed := self._side_effect()):
+            self.give_up(changed)
         if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
             self.give_up(f"calls {path!r}, whose class overrides __call__")
         if type(module).__module__.startswith(_LAYERS) and type(module) is not nn.Sequential:
+            self.ledger.runs_layer(path, module)
             return self._call(path, module, args, kwargs)  # torch's own layers: what people know the model by
-        reason = whole_reason(module)
+        reason = self._forced.get(path) or whole_reason(module)
         if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential | fx.GraphModule):
             reason = f"is torch's {type(module).__name__}"
         if reason is None:
             before, results, asked = self._last(), dict(self._opaque_results), set(self._asked_type)
-            inner = dict(self.opaque)
+            inner, heard = dict(self.opaque), self.ledger.mark()
             try:
                 return self.run_traced(module, path, run, args, kwargs)
             except (Untraceable, Exception) as error:
@@ -244,13 +170,24 @@ class SoundTracer(fx.Tracer):
                 if self._watches:
                     self._put_back()
                 self._roll_back(before)
+                self.ledger.forget(heard)
                 self._opaque_results, self._asked_type, self.opaque = results, asked, inner
+        return self._call_opaque(path, module, reason, args, kwargs)
+
+    def _call_opaque(self, path: str, module: nn.Module, reason: str, args: Any, kwargs: Any) -> Any:
         self.opaque[path] = reason
         if _holds_mutable((*args, *kwargs.values())):
             self.give_up(f"passes a list or dict to opaque {path!r}, which may change it")
+        if not self._watches:
+            self._suspect(module)
+        self.ledger.runs(path, module)
         result = self._call(path, module, args, kwargs)
         self._opaque_results[result.node] = path
         return result
+
+    def _suspect(self, module: nn.Module) -> None:
+        """A module that runs as it is may see what the forward around it has changed, and changes back later."""
+        self._suspicion = self._suspicion or self._snapshot.changed(Snapshot(module.modules()))
 
     def _call(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         result = self.create_proxy("call_module", path, args, kwargs)
@@ -268,37 +205,43 @@ class SoundTracer(fx.Tracer):
         """Run a forward on proxies; raise if it did anything that a graph cannot hold."""
         last = self._last()
         self._scope.append((path, type(module)))
+        self.ledger.traced(path, module)
         try:
             result = run(*args, **kwargs)
             self.check_poison()
             if self._watches and (changed := self._put_back()):
                 self.give_up(changed)
-            self._check_opaque_results(last)
+            self._check_opaque_results(last, asks_for_none(module))
             return result
         finally:
             self._scope.pop()
 
+    def _side_effect(self) -> str | None:
+        """What running a forward has done so far beside its values."""
+        if changed := self._snapshot.changed():
+            return f"changes {changed}"
+        return "draws random numbers that a graph would freeze" if rng_state() != self._rng else None
+
     def _put_back(self) -> str | None:
         """Undo what running a forward did beside its values, and say what it was."""
-        what = None
-        if changed := self._snapshot.changed():
-            what = f"changes {changed}"
+        what = self._side_effect()
+        if what:
             self._snapshot.restore()
-        if rng_state() != self._rng:
-            what = what or "draws random numbers that a graph would freeze"
             set_rng_state(self._rng)
         return what
 
-    def _check_opaque_results(self, last: fx.Node | None) -> None:
+    def _check_opaque_results(self, last: fx.Node | None, asks_none: bool) -> None:
         """A forward may have asked `x is None` of what an opaque module returned, and no proxy can see that. Each
         such value must be used where only a tensor will do, or be asserted to be one."""
         for node, path in list(self._opaque_results.items()):
-            if (last is not None and not node > last) or _enforces_tensor(node):
+            if last is not None and not node > last:
                 continue
             if not node.users:
-                self.give_up(f"returns or discards what opaque {path!r} returns, of a kind known only when it runs")
-            self.expect(node, f"what {path!r} returned")
-            del self._opaque_results[node]
+                if asks_none:
+                    self.give_up(f"returns or discards what opaque {path!r} returns, and asks whether it is None")
+            elif asks_none or not _enforces_tensor(node):
+                self.expect(node, f"what {path!r} returned")
+                del self._opaque_results[node]
 
     def expect(self, node: fx.Node, what: str) -> None:
         """Assert at run time that a value is a tensor."""
@@ -320,15 +263,10 @@ class SoundTracer(fx.Tracer):
 
     # The root.
 
-    def trace_root(self, run: Callable[[], Any], watch: bool = False) -> Any:
-        """Run the root's forward under all patches and return what it returned; raises if it cannot be traced.
-
-        Comparing all Python state after every module is slow. It is done with `watch`, once a first trace has found
-        in `side_effect` that there is something to find.
-        """
-        self._watches = watch
+    def trace_root(self, run: Callable[[], Any]) -> Any:
+        """Run the root's forward under all patches and return what it returned; raises if it cannot be traced."""
         self._snapshot, self._rng = Snapshot(self._paths), rng_state()
-        with _intercepted(self):
+        with intercepted(self):
             self._ambient = _ambient_state()
             try:
                 return self.run_traced(self.root, "", run, (), {})
@@ -336,31 +274,14 @@ class SoundTracer(fx.Tracer):
                 raise Untraceable(self._poison or described(error)) from error
             finally:
                 with torch._C.DisableTorchFunction():
-                    self.side_effect = self._put_back()
-
-
-class _NoTensorWork(TorchFunctionMode):
-    """Refuses torch calls without a proxy: their result would be frozen into the graph."""
-
-    def __init__(self, tracer: SoundTracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if _holds_proxy(args) or _holds_proxy(kwargs):
-            if torch.overrides.is_tensor_method_or_property(func):
-                return self._tracer.create_proxy("call_method", func.__name__, args, kwargs)
-            return self._tracer.create_proxy("call_function", func, args, kwargs)
-        name = getattr(func, "__name__", repr(func))
-        return self._tracer.give_up(f"calls {name} on what is known when it is traced, which would be frozen in")
+                    self.side_effect = self._put_back() or self._suspicion
 
 
 def whole_reason(module: nn.Module) -> str | None:
     """Why a module must be called as a whole before anything is tried, if it must."""
     if isinstance(module, torch.jit.ScriptModule):
         return "is a scripted module"
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if any(getattr(module, hooks) for hooks in HOOKS):
         return "has hooks"
     if "forward" in vars(module) or "__call__" in vars(module):
         return "has a forward of its own instance"
@@ -375,15 +296,6 @@ def whole_reason(module: nn.Module) -> str | None:
 
 def _holds_mutable(values: Iterable[Any]) -> bool:
     return any(type(value) in (list, dict, set) or (type(value) is tuple and _holds_mutable(value)) for value in values)
-
-
-def _holds_proxy(value: Any) -> bool:
-    kind = type(value)  # asking isinstance of a proxy makes the tracer give up
-    if issubclass(kind, tuple | list):
-        return any(map(_holds_proxy, value))
-    if issubclass(kind, dict):
-        return any(map(_holds_proxy, value.values()))
-    return issubclass(kind, fx.Proxy)
 
 
 def _enforces_tensor(node: fx.Node) -> bool:
@@ -427,106 +339,3 @@ def _tensor_paths(paths: dict[nn.Module, str], root_alias: str) -> dict[int, str
 def described(error: BaseException) -> str:
     """An error as a short reason."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
-
-
-_lock = threading.RLock()
-
-
-@contextmanager
-def _intercepted(tracer: SoundTracer) -> Iterator[None]:
-    """Route this thread's module calls, attribute reads and autograd Functions through the tracer.
-
-    The patches sit on classes and so are seen by every thread; each passes other threads through untouched. One trace
-    at a time.
-    """
-    module_call, module_getattr, module_setattr = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__setattr__
-
-    def ours() -> bool:
-        return threading.get_ident() == tracer._thread
-
-    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        if not ours():
-            return module_call(module, *args, **kwargs)
-        return tracer.call_submodule(module, module.forward, args, kwargs)
-
-    def read(module: nn.Module, name: str) -> Any:
-        value = module_getattr(module, name)
-        if ours() and isinstance(value, Tensor):
-            path = tracer.path_of(module)
-            return tracer.create_proxy("get_attr", f"{path}.{name}" if path else name, (), {})
-        return value
-
-    def write(module: nn.Module, name: str, value: Any) -> None:
-        if ours():
-            tracer.give_up(f"sets {type(module).__name__}.{name}")
-        module_setattr(module, name, value)
-
-    def training(module: nn.Module) -> Any:
-        if ours():
-            path = tracer.path_of(module)
-            owner = tracer.create_proxy("get_attr", path or tracer._root_alias.partition(".")[0], (), {})
-            return tracer.create_proxy("call_function", getattr, (owner, "training"), {})
-        own = vars(module)
-        return own["training"] if "training" in own else module_getattr(module, "training")
-
-    def set_training(module: nn.Module, mode: bool) -> None:
-        if ours():
-            tracer.give_up("changes the training mode")
-        vars(module)["training"] = mode
-
-    def refusing(original: Callable[..., Any], what: str) -> Callable[..., Any]:
-        return lambda *args, **kwargs: tracer.give_up(what) if ours() else original(*args, **kwargs)
-
-    patches: list[tuple[Any, str, Any]] = [
-        (nn.Module, "__call__", call),
-        (nn.Module, "__getattr__", read),
-        (nn.Module, "__setattr__", write),
-        (torch, "is_grad_enabled", refusing(torch.is_grad_enabled, "reads or sets the grad mode")),
-        (torch, "is_inference_mode_enabled", refusing(torch.is_inference_mode_enabled, "reads the inference mode")),
-        (torch, "is_autocast_enabled", refusing(torch.is_autocast_enabled, "reads or sets autocast")),
-        (
-            torch.nn.utils.stateless,
-            "_functional_call",
-            refusing(torch.nn.utils.stateless._functional_call, "calls a module functionally"),
-        ),
-        *((nn.Module, name, refusing(vars(nn.Module)[name], f"calls {name} of a module")) for name in _CHANGES),
-        (
-            torch.autograd.function,  # asked by every Function.apply, however it was imported
-            "_is_setup_context_defined",
-            refusing(torch.autograd.function._is_setup_context_defined, "calls a custom autograd.Function"),
-        ),
-    ]
-    with _lock, torch.enable_grad():
-        originals = [(owner, name, vars(owner)[name]) for owner, name, _ in patches]
-        try:
-            for owner, name, replacement in patches:
-                setattr(owner, name, replacement)
-            nn.Module.training = property(training, set_training)  # type: ignore[assignment]
-            with _NoTensorWork(tracer):
-                yield
-        finally:
-            if "training" in vars(nn.Module):
-                del nn.Module.training
-            for owner, name, original in originals:
-                setattr(owner, name, original)
-            torch._C._set_grad_enabled(True)  # a forward that failed may have left it off
-
-
-def rng_state() -> tuple[Any, ...]:
-    """The state of torch's CPU generator, Python's and, where NumPy is loaded, its global one."""
-    with torch._C.DisableTorchFunction():
-        own = bytes(torch.default_generator.get_state().tolist())
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return (own, random.getstate())
-    kind, keys, *rest = numpy.random.get_state()
-    return (own, random.getstate(), (kind, tuple(keys.tolist()), *rest))
-
-
-def set_rng_state(state: tuple[Any, ...]) -> None:
-    """Set back what `rng_state` gave."""
-    with torch._C.DisableTorchFunction():
-        torch.default_generator.set_state(torch.tensor(list(state[0]), dtype=torch.uint8, device="cpu"))
-    random.setstate(state[1])
-    if len(state) > 2:
-        sys.modules["numpy"].random.set_state(state[2])

@@ -84,5 +84,5 @@ def strip(gm: nn.Module) -> torch.fx.GraphModule:
     True
     """
     state = state_of(gm)
-    captured = Captured(state.captured, state.provenance.opaque)
+    captured = Captured(state.captured, state.provenance.opaque, state.remembered)
     return lower(state.model, captured, Plan(()), "backward")

@@ -19,8 +19,9 @@ from .effects import Effect, Gradient, Penalty
 from .errors import VerifyError
 from .module import State, emitted, state_of
 from .planning import PullBack
+from .scanning import mentioned_names
+from .snapshots import Snapshot, rng_state, set_rng_state
 from .structure import map_tensors, tensors
-from .tracing import rng_state, set_rng_state
 
 _GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2  # 16-bit: a few units in the last place of a sum
@@ -48,6 +49,7 @@ def verify(gm: nn.Module, model: nn.Module, example_inputs: Examples) -> None:
     >>> fxreg.verify(gm, model, (torch.randn(3, 4),))
     """
     args, kwargs = split_examples(example_inputs)
+    _refuse_iterators(model)
     state = state_of(gm)
     inner = emitted(gm)
     if [n for n, _ in inner.named_parameters()] != [n for n, _ in model.named_parameters()]:
@@ -144,11 +146,13 @@ def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) 
     expected, actual = list(tensors(theirs.output)), list(tensors(ours.output))
     if len(expected) != len(actual):
         raise VerifyError(f"{where}: the model returns {len(expected)} tensors, the emitted module {len(actual)}.")
-    weight = {"backward": float(state.loss_scale), "output": 1.0, "loss": 0.0}[emit]
+    # What the penalty nodes' gradients arrive with, if they arrive.
+    injected = float(state.loss_scale) if trial.outputs else None
+    weight = {"backward": injected, "output": 1.0, "loss": None}[emit]
     for k, (one, other) in enumerate(zip(expected, actual, strict=True)):
         is_loss = emit == "loss" and state.model.training and one is _loss_of(theirs.output)
         if is_loss and reference is not None:
-            weight = trial.weight * math.cos(1 + k) if k in trial.outputs else 0.0
+            weight = trial.weight * math.cos(1 + k) if k in trial.outputs else None
             _compare_tensors(one + reference, other, f"{where}: the loss", exact=False)
         else:
             _compare_tensors(one, other, f"{where}: output {k}", exact=True)
@@ -157,7 +161,7 @@ def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) 
         _compare_tensors(wanted, ours.penalty, f"{where}: the penalty", exact=False)
     for name, buffer in theirs.buffers.items():
         _compare_tensors(buffer, ours.buffers[name], f"{where}: buffer {name!r} after the call", exact=True)
-    for name, gradient in _with_rules(state, theirs.gradients, weight, bool(trial.outputs)).items():
+    for name, gradient in _with_rules(state, theirs.gradients, weight).items():
         _compare_gradient(gradient, ours.gradients[name], f"{where}: gradient of {name!r}")
 
 
@@ -190,19 +194,16 @@ def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], compiled: b
             parameter.grad = held[name]
 
 
-def _with_rules(
-    state: State, gradients: Mapping[str, Tensor | None], weight: float, reached: bool
-) -> dict[str, Tensor | None]:
+def _with_rules(state: State, gradients: Mapping[str, Tensor | None], weight: float | None) -> dict[str, Tensor | None]:
     """The loss's gradients after the rules: transforms, then `weight` times every penalty node's gradient."""
-    plan, emit = state.provenance.plan, state.provenance.emit
+    plan = state.provenance.plan
     parameters = dict(state.model.named_parameters())
     result = dict(gradients)
     for site, pulls in plan.pulls().items():
         for pull in pulls if site in result else ():
             result[site] = _pulled(state, pull, result[site], parameters[site])
-    arrives = emit == "output" or reached
-    for edit in plan.penalties if arrives else ():
-        if edit.site in result and (emit != "loss" or state.model.training):
+    for edit in plan.penalties if weight is not None else ():
+        if edit.site in result:
             added = weight * _penalty_gradient(state, edit.label, edit.effect, parameters[edit.site])
             before = result[edit.site]
             result[edit.site] = added if before is None else before + added
@@ -286,29 +287,29 @@ def _tolerance(dtype: torch.dtype) -> float:
     return _GRADIENT_TOLERANCE.get(dtype, _COARSE_TOLERANCE)
 
 
+def _refuse_iterators(model: nn.Module) -> None:
+    """What has been taken from an iterator cannot be put back."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if hasattr(type(value), "__next__") and any(name in mentioned_names(one) for one in model.modules()):
+                raise VerifyError(
+                    f"{path or 'the model'} keeps an iterator in {name!r}, and running it would move it for good. "
+                    "Verify without it, or leave out example_inputs."
+                )
+
+
 @contextmanager
 def _borrowed(model: nn.Module, gm: nn.Module, training: bool) -> Iterator[Callable[[], None]]:
     """Run things on the model in a mode; yields a function that sets its state and all RNG back to the start, and
     does so at the end, mode included."""
-    modules = [*model.modules(), state_of(gm)]
     modes = [(module, module.training) for module in model.modules()]
-    held = [
-        (module, dict(vars(module)), {n: (b, b.detach().clone()) for n, b in module._buffers.items() if b is not None})
-        for module in modules
-    ]
+    snapshot = Snapshot([*model.modules(), state_of(gm)], with_values=True)
     host = rng_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     generators = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if devices else [])
 
     def reset() -> None:
-        for module, attributes, buffers in held:
-            vars(module).update(attributes)
-            for added in vars(module).keys() - attributes.keys():
-                del vars(module)[added]
-            for name, (buffer, value) in buffers.items():
-                with torch.no_grad():
-                    buffer.copy_(value)
-                module._buffers[name] = buffer
+        snapshot.restore()
         set_rng_state(host)
         torch.set_rng_state(generators[0])
         if devices:

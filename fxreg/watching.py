@@ -1,4 +1,4 @@
-"""Eager-mode warnings about what an emitted module cannot see for itself. Compiled code never runs them."""
+"""What an emitted module is asked before it runs in eager mode, and warns of. Compiled code runs none of it."""
 
 import warnings
 from typing import Any
@@ -10,14 +10,17 @@ from torch._C import _are_functorch_transforms_active  # private: no public way 
 from .effects import Penalty
 from .module import RegularizedModule, State, state_of
 from .planning import PullBack
+from .staleness import check_unchanged
 from .structure import tensors
 
 _BACKWARDS_WATCHED = 8
 
 
 def watch(gm: RegularizedModule) -> None:
-    """Register the hooks that an emitted module needs; each does nothing once it has warned."""
+    """Register the hooks that an emitted module needs."""
     state = state_of(gm)
+    if state.remembered:
+        gm.register_forward_pre_hook(_refuse_changed)
     if state.unbound():
         gm.register_forward_pre_hook(_warn_unbound)
     if _injected(state):
@@ -39,6 +42,12 @@ def _is_eager_training(module: nn.Module) -> bool:
         and module.training
         and not _are_functorch_transforms_active()
     )
+
+
+def _refuse_changed(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        state = state_of(module)
+        check_unchanged(state.model, state.remembered, module._modules)
 
 
 def _warn_unbound(module: nn.Module, args: Any) -> None:

@@ -335,8 +335,8 @@ CONTEXTS = {
 def _possible(model: str, context: str, emit: str, lowering: str) -> bool:
     if context in ("jvp", "jacrev", "double_backward") and (emit == "backward" or lowering != "penalty"):
         return False  # what injection cannot do: tests/test_injection.py
-    if context in ("jvp", "jacrev") and model == "cnn":
-        return False  # as func_grad
+    if (context, model) in {("jvp", "cnn"), ("jacrev", "cnn"), ("jvp", "lstm")}:
+        return False  # as func_grad; fused recurrences have no forward mode
     if context.startswith("func_vmap") and not CASES[model].vmaps:
         return False  # the model itself does not: in-place batch statistics, fused recurrences
     if context == "func_grad" and model == "cnn":

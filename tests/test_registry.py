@@ -375,7 +375,9 @@ for arguments, body in CELLS:
 
 def test_a_session_that_redefines_effects_ends_cleanly() -> None:
     """Operators are deregistered at exit, all of them."""
-    result = subprocess.run([sys.executable, "-c", SESSION], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", SESSION], capture_output=True, text=True, errors="replace", check=False
+    )
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -663,6 +665,31 @@ def test_a_closed_form_opens_the_way_through_the_gradient() -> None:
 
     for via in ("penalty", "gradient"):
         torch.testing.assert_close(gradient_from(registry_opening(0.5), via=via), wanted)
+
+
+def test_where_there_is_a_closed_form_nobody_computes_a_value_that_nobody_asked_for() -> None:
+    calls = []
+
+    @fxreg.penalty
+    def registry_counted(weight: Tensor) -> Tensor:
+        calls.append("value")
+        return weight.sum()
+
+    @registry_counted.gradient
+    def _(weight: Tensor) -> Tensor:
+        calls.append("gradient")
+        return torch.ones_like(weight)
+
+    model, x = net()
+    gm = fxreg.transform(model, fxreg.Rule(registry_counted(1.0), name="first", param="weight"))
+    calls.clear()
+    loss = loss_of(gm(x))
+    assert calls == []
+    loss.backward()
+    assert calls == ["gradient"]
+    with torch.no_grad():
+        gm(x)
+    assert calls == ["gradient"]
 
 
 # Strengths.

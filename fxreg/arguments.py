@@ -1,0 +1,119 @@
+"""The parameters of an effect: how an operator's schema writes them, and which values they take."""
+
+import inspect
+import math
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+from torch import Tensor
+
+from .errors import RuleError
+
+Strength: TypeAlias = Annotated[Tensor, "strength"]
+"""Annotates a formula's own strength: given as a number, live as a 0-d tensor in `fxreg.strengths`."""
+Stream: TypeAlias = Annotated[Tensor, "stream"]
+"""Annotates a formula's random stream, the int64 tensor `[key, step]`: one per parameter, advanced every forward."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One parameter of a factory: how it is written in the operator's schema, and its default."""
+
+    name: str
+    schema: str
+    default: object = inspect.Parameter.empty
+
+    @property
+    def is_strength(self) -> bool:
+        return self.schema == "strength"
+
+
+def read_arguments(function: Callable[..., Any], leading: int) -> Iterator[Argument]:
+    """The named parameters of a formula, behind its `leading` tensors."""
+    effect = function.__name__
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception as error:
+        raise RuleError(f"effect {effect!r}: an annotation cannot be resolved: {error}.") from None
+    own = list(inspect.signature(function).parameters.values())
+    named_only = any(p.kind is p.KEYWORD_ONLY for p in own[:leading])
+    if len(own) < leading or named_only or any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own):
+        raise RuleError(
+            f"effect {effect!r}: its function must take {leading} tensor(s) first and then named parameters, but its "
+            f"signature is {inspect.signature(function)}."
+        )
+    for parameter in own[leading:]:
+        if parameter.name in _RESERVED:
+            raise RuleError(f"effect {effect!r}: the parameter name {parameter.name!r} is taken; rename it.")
+        hint = hints.get(parameter.name, type(parameter.default))
+        yield Argument(parameter.name, _schema_of(effect, parameter.name, hint), parameter.default)
+
+
+def checked_strength(value: object, where: str) -> float:
+    """A strength as a float, or a RuleError: strengths are finite and not negative."""
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex() and not value.is_meta:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RuleError(f"{where}: a strength is a number, got {value!r}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < 0:
+        raise RuleError(f"{where}: a strength is finite and not negative, got {number!r}.")
+    return number
+
+
+_RESERVED = {"self", "weight", "grad", "value", "scale"}
+
+_SCHEMAS: dict[Any, str] = {
+    Tensor: "Tensor",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    int | tuple[int, ...]: "int[]",
+    tuple[int, ...]: "int[]",
+    tuple[float, ...]: "float[]",
+}
+
+
+def _schema_of(effect: str, parameter: str, hint: Any) -> str:
+    if typing.get_origin(hint) is Annotated and hint.__metadata__[0] in ("strength", "stream"):
+        kind: str = hint.__metadata__[0]
+        if kind == "stream" and parameter != "stream":
+            raise RuleError(f"effect {effect!r}: call its random stream 'stream', not {parameter!r}.")
+        return kind
+    if hint in _SCHEMAS:
+        return _SCHEMAS[hint]
+    raise RuleError(
+        f"effect {effect!r}, parameter {parameter!r}: an operator cannot take {hint!r}. Annotate it as one of float, "
+        "int, bool, str, Tensor, tuple[int, ...], int | tuple[int, ...], tuple[float, ...] or fxreg.Strength."
+    )
+
+
+def coerced(effect: str, argument: Argument, value: object) -> object:
+    match argument.schema, value:
+        case ("Tensor", Tensor()) | ("bool", bool()) | ("str", str()):
+            return value.detach() if isinstance(value, Tensor) else value
+        case ("int", _) if _is_int(value):
+            return value
+        case ("float", _) if _is_float(value):
+            return float(value)  # type: ignore[arg-type]
+        case ("int[]", _) if _is_int(value):
+            return (value,)
+        case ("int[]", tuple() | list()) if all(map(_is_int, value)):
+            return tuple(value)
+        case ("float[]", tuple() | list()) if all(map(_is_float, value)):
+            return tuple(map(float, value))
+    raise RuleError(f"{effect}({argument.name}=…): expected {argument.schema}, got {value!r}.")
+
+
+def _is_int(value: object) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _is_float(value: object) -> bool:
+    return (type(value) is float and not math.isnan(value)) or (type(value) is int and abs(value) < 2**1023)

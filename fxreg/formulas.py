@@ -1,0 +1,80 @@
+"""The numerics around a formula: strengths, dtypes, autocast, the loss scale."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import operators
+from .errors import RuleError
+
+
+@dataclass(frozen=True)
+class PenaltyFormula:
+    """R(w), its gradient in closed form where there is one, and how strengths enter.
+
+    Attributes:
+        function: R, or the penalty itself where the formula has strengths of its own.
+        closed_form: dR/dw.
+        implicit: whether one strength multiplies R from outside.
+    """
+
+    function: Callable[..., Tensor]
+    closed_form: Callable[..., Tensor] | None
+    implicit: bool
+
+    def value(self, weight: Tensor, strengths: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tensor:
+        """s·R(w) as a 0-d tensor: autocast off, 16-bit weights in float32."""
+        wide = weight.to(operators.accumulation_dtype(weight.dtype))
+        return self._scaled(self.function, wide, None, strengths, arguments)
+
+    def gradient(
+        self, seed: Tensor, weight: Tensor, strengths: Mapping[str, Tensor], arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """seed · s · dR/dw from the closed form."""
+        assert self.closed_form is not None
+        return self._scaled(self.closed_form, weight, seed, strengths, arguments)
+
+    def _scaled(
+        self,
+        function: Callable[..., Tensor],
+        weight: Tensor,
+        seed: Tensor | None,
+        strengths: Mapping[str, Tensor],
+        arguments: Mapping[str, Any],
+    ) -> Tensor:
+        live = {name: strength.reshape(()).to(weight) for name, strength in strengths.items()}
+        with operators.without_autocast(weight.device):
+            factor = live.pop("strength") if self.implicit else None
+            if seed is not None:
+                factor = seed if factor is None else seed * factor
+            result = function(weight, **live, **arguments)
+            return result if factor is None else factor * result
+
+
+@dataclass(frozen=True)
+class GradientFormula:
+    """f(grad, weight), and how the loss scale and the tensors around it enter."""
+
+    function: Callable[..., Tensor]
+
+    def transform(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        live: Mapping[str, Tensor],
+        arguments: Mapping[str, Any],
+    ) -> Tensor:
+        """scale · f(grad / scale); with scale ≠ 1 a gradient that is not finite passes unchanged."""
+        factor = scale.reshape(()).to(grad)
+        cast = {name: v.to(grad.device) for name, v in arguments.items() if isinstance(v, Tensor)}
+        for name, tensor in live.items():
+            cast[name] = tensor.reshape(()).to(grad) if tensor.is_floating_point() else tensor.to(grad.device)
+        with operators.without_autocast(grad.device):
+            result = self.function(grad / factor, weight, **{**arguments, **cast}) * factor
+            if result.shape != grad.shape:
+                raise RuleError(f"the new gradient has shape {tuple(result.shape)}, the old one {tuple(grad.shape)}")
+            return torch.where((factor == 1) | grad.isfinite().all(), result, grad)

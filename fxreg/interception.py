@@ -1,0 +1,138 @@
+"""Routing what a forward does to the tracer: module calls, attribute reads, torch calls, autograd Functions."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .proxies import holds_proxy
+
+_CHANGES = (
+    "__delattr__", "register_buffer", "register_parameter", "add_module", "register_forward_hook",
+    "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook", "_apply",
+)  # fmt: skip
+
+
+class _NoTensorWork(TorchFunctionMode):
+    """Refuses torch calls without a proxy: their result would be frozen into the graph."""
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if holds_proxy(args) or holds_proxy(kwargs):
+            if torch.overrides.is_tensor_method_or_property(func):
+                return self._tracer.create_proxy("call_method", func.__name__, args, kwargs)
+            return self._tracer.create_proxy("call_function", func, args, kwargs)
+        name = getattr(func, "__name__", repr(func))
+        return self._tracer.give_up(f"calls {name} on what is known when it is traced, which would be frozen in")
+
+
+_lock = threading.RLock()
+_INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
+
+
+@contextmanager
+def intercepted(tracer: Any) -> Iterator[None]:
+    """Route this thread's module calls, attribute reads and autograd Functions through the tracer.
+
+    The patches sit on classes and so are seen by every thread; each passes other threads through untouched. One trace
+    at a time.
+    """
+    with _lock, torch.enable_grad():
+        patches = [*_on_modules(tracer), *_on_questions(tracer)]
+        originals = [(owner, name, vars(owner).get(name)) for owner, name, _ in patches]
+        try:
+            for owner, name, replacement in patches:
+                setattr(owner, name, replacement)
+            with _NoTensorWork(tracer):
+                yield
+        finally:
+            for owner, name, original in originals:
+                if original is None:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, original)
+            torch._C._set_grad_enabled(True)  # a forward that failed may have left it off
+
+
+def _ours(tracer: Any) -> bool:
+    return bool(threading.get_ident() == tracer.thread)
+
+
+def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
+    """What replaces the methods of nn.Module."""
+    module_call, module_getattr, module_setattr = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__setattr__
+    plain_read = object.__getattribute__
+
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if not _ours(tracer):
+            return module_call(module, *args, **kwargs)
+        return tracer.call_submodule(module, module.forward, args, kwargs)
+
+    def read_plain(module: nn.Module, name: str) -> Any:
+        value = plain_read(module, name)
+        if name not in _INTERNAL and name in plain_read(module, "__dict__") and _ours(tracer):
+            tracer.note_read(module, name, value)
+        return value
+
+    def read(module: nn.Module, name: str) -> Any:
+        value = module_getattr(module, name)
+        if _ours(tracer):
+            if isinstance(value, Tensor):
+                path = tracer.path_of(module)
+                return tracer.create_proxy("get_attr", f"{path}.{name}" if path else name, (), {})
+            if not isinstance(value, nn.Module):
+                tracer.note_read(module, name, value)
+        return value
+
+    def write(module: nn.Module, name: str, value: Any) -> None:
+        if _ours(tracer):
+            tracer.give_up(f"sets {type(module).__name__}.{name}")
+        module_setattr(module, name, value)
+
+    def training(module: nn.Module) -> Any:
+        if _ours(tracer):
+            return tracer.read_training(module)
+        own = vars(module)
+        return own["training"] if "training" in own else module_getattr(module, "training")
+
+    def set_training(module: nn.Module, mode: bool) -> None:
+        if _ours(tracer):
+            tracer.give_up("changes the training mode")
+        vars(module)["training"] = mode
+
+    return [
+        (nn.Module, "__call__", call),
+        (nn.Module, "__getattribute__", read_plain),
+        (nn.Module, "__getattr__", read),
+        (nn.Module, "__setattr__", write),
+        (nn.Module, "training", property(training, set_training)),
+        *(
+            (nn.Module, name, _refusing(tracer, vars(nn.Module)[name], f"calls {name} of a module"))
+            for name in _CHANGES
+        ),
+    ]
+
+
+def _on_questions(tracer: Any) -> list[tuple[Any, str, Any]]:
+    """What replaces the functions that a forward must not call."""
+    refused = [
+        (torch, "is_grad_enabled", "reads or sets the grad mode"),
+        (torch, "is_inference_mode_enabled", "reads the inference mode"),
+        (torch, "is_autocast_enabled", "reads or sets autocast"),
+        (torch.nn.utils.stateless, "_functional_call", "calls a module functionally"),
+        # Asked by every Function.apply, however it was imported.
+        (torch.autograd.function, "_is_setup_context_defined", "calls a custom autograd.Function"),
+    ]
+    return [(owner, name, _refusing(tracer, vars(owner)[name], what)) for owner, name, what in refused]
+
+
+def _refusing(tracer: Any, original: Callable[..., Any], what: str) -> Callable[..., Any]:
+    return lambda *args, **kwargs: tracer.give_up(what) if _ours(tracer) else original(*args, **kwargs)

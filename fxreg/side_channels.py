@@ -1,0 +1,93 @@
+"""What modules say to each other past their arguments and results: attributes and containers.
+
+A traced forward reads attributes once, when it is traced. That is wrong where a module that runs as it is, opaque or
+with hooks of the user's own, writes them: whoever reads them must then run as it is, too.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from .scanning import changes_containers, functions_behind, functions_of, mentioned_names, written_names
+from .snapshots import Snapshot
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Ledger:
+    """Which modules a trace went through, which run as they are, and what the former read.
+
+    Each record keeps the order in which it was made, so that what was noted since a mark can be forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.modules: dict[str, nn.Module] = {}
+        self.reads: dict[tuple[str, str, str], Any] = {}
+        self._running: dict[str, nn.Module] = {}
+
+    def traced(self, path: str, module: nn.Module) -> None:
+        """A module's forward is being traced."""
+        self.modules.setdefault(path, module)
+
+    def read(self, reader: str, path: str, name: str, value: Any) -> None:
+        """The traced forward of `reader` read an attribute of the module at `path`."""
+        self.reads.setdefault((reader, path, name), value)
+
+    def runs(self, path: str, module: nn.Module) -> None:
+        """A module will run as it is."""
+        self._running.setdefault(path, module)
+
+    def runs_layer(self, path: str, module: nn.Module) -> None:
+        """A layer of torch's own will run as it is: it matters if something of the user's runs in it."""
+        if module._modules or any(getattr(module, hooks) for hooks in HOOKS):
+            self.runs(path, module)
+
+    def mark(self) -> tuple[int, ...]:
+        """Where the records stand."""
+        return (len(self.modules), len(self.reads), len(self._running))
+
+    def forget(self, mark: tuple[int, ...]) -> None:
+        """Drop what was noted since a mark."""
+        records: tuple[dict[Any, Any], ...] = (self.modules, self.reads, self._running)
+        for record, length in zip(records, mark, strict=True):
+            while len(record) > length:
+                record.popitem()
+
+    def misled(self) -> dict[str, str]:
+        """The paths of the traced modules that read what modules that run as they are may write, with the reason."""
+        names: dict[str, str] = {}
+        changing: list[nn.Module] = []
+        hooks: list[Any] = []
+        for path, module in self._running.items():
+            own = [*_hooks(module)]
+            functions = [*_functions(module, own)]
+            names.update(dict.fromkeys(written_names(functions), path))
+            if changes_containers(functions):
+                changing += module.modules()
+                hooks += own
+        owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), nn.Module)]
+        shared = Snapshot([*changing, *owners], also=hooks)
+        found = {}
+        for path, module in self.modules.items():
+            if common := sorted(mentioned_names(module) & names.keys()):
+                found[path] = f"mentions {common[0]!r}, which {names[common[0]]!r} may write when it runs"
+        for (reader, path, name), value in self.reads.items():
+            if shared.holds(value):
+                where = ".".join(filter(None, (path, name)))
+                found.setdefault(reader, f"reads {where!r}, which may change when the model runs")
+        return found
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    """The user's own hooks on a module and those inside."""
+    for inner in module.modules():
+        for kind in HOOKS:
+            yield from getattr(inner, kind).values()
+
+
+def _functions(module: nn.Module, hooks: Iterable[Any]) -> Iterator[Any]:
+    for inner in module.modules():
+        yield from functions_of(inner)
+    for hook in hooks:
+        yield from functions_behind(hook)

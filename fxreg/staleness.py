@@ -1,0 +1,119 @@
+"""Noticing that a model is no longer what was captured: what a graph holds as it was is compared before each call."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import CaptureError
+from .side_channels import HOOKS
+
+_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_UNKNOWN = ...
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What the graph took from one module for good.
+
+    Attributes:
+        path: from the model to the module.
+        kind: the qualified name of its class if its forward was traced, otherwise "".
+        values: the attributes that were read, as they were.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    values: tuple[tuple[str, Any], ...]
+
+
+def remember(
+    modules: Mapping[str, nn.Module], reads: Iterable[tuple[tuple[str, str, str], Any]]
+) -> tuple[Remembered, ...]:
+    """What to compare later: of the traced modules by path, and of what they read."""
+    values: dict[str, dict[str, Any]] = {path: {} for path in modules}
+    for (_, path, name), value in reads:
+        if (frozen := _frozen(value)) is not _UNKNOWN:
+            values.setdefault(path, {})[name] = frozen
+    return tuple(
+        Remembered(
+            tuple(path.split(".")) if path else (),
+            _kind(modules[path]) if path in modules else "",
+            tuple(found.items()),
+        )
+        for path, found in values.items()
+    )
+
+
+def check_unchanged(model: nn.Module, remembered: Iterable[Remembered], children: Mapping[str, Any]) -> None:
+    """Raise unless the model still is what was captured, and its children are those of the emitted module.
+
+    Raises:
+        CaptureError: where it changed.
+    """
+    for name, child in model._modules.items():
+        if children.get(name) is not child:
+            raise _changed((name,), "was replaced")
+    for one in remembered:
+        module: Any = model
+        for part in one.path:
+            module = module._modules.get(part) if module is not None else None
+        what = "was removed" if module is None else _difference(module, one)
+        if what:
+            raise _changed(one.path, what)
+
+
+def _difference(module: nn.Module, then: Remembered) -> str | None:
+    """What is new about a module, if anything."""
+    own = vars(module)
+    if then.kind:
+        if type(module) is nn.Module and then.kind != _kind(module):
+            return None  # unpickled: what is left of a model whose class cannot be imported
+        if _kind(module) != then.kind:
+            return f"is now a {type(module).__name__}"
+        if "forward" in own:
+            return "got a forward of its own instance"
+        if any(own.get(hooks) for hooks in HOOKS):
+            return "got hooks"
+    for name, value in then.values:
+        now = _frozen(own[name] if name in own else getattr(module, name, _UNKNOWN))
+        if not _alike(now, value):
+            return f"has another {name!r}"
+    return None
+
+
+def _changed(path: tuple[str, ...], what: str) -> CaptureError:
+    where = f"its module {'.'.join(path)!r}" if path else "it"
+    return CaptureError(
+        f"the model changed since it was captured: {where} {what}, and the graph does not know. Transform the model "
+        "again."
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _frozen(value: Any) -> Any:
+    """A plain value, or plain values in tuples for the lists and dicts that held them; otherwise an ellipsis."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if kind is dict:
+        value = [part for pair in value.items() for part in pair]
+    elif kind not in (list, tuple):
+        return _UNKNOWN
+    parts = tuple(map(_frozen, value))
+    return _UNKNOWN if _UNKNOWN in parts else parts
+
+
+def _alike(now: Any, then: Any) -> bool:
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return False
+    if type(now) is tuple:
+        return len(now) == len(then) and all(map(_alike, now, then))
+    return bool(now == then or now != now)  # noqa: PLR0124  what is not itself is not a number

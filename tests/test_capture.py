@@ -1,0 +1,606 @@
+"""Capture is faithful or refuses: on every adversarial model the emitted module is the model plus its penalty.
+
+The reference is the original model, built a second time from the same seed, with the penalty written by hand: neither
+fxreg's graph nor its `verify` has a part in it.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
+import math
+import random
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.overrides import _len_torch_function_stack  # private: no public way to ask
+
+import fxreg
+
+from .adversarial import CASES, Block, Branching, Case, Net
+
+pytestmark = [
+    # Of the old normalizations and of scripting, and of Dynamo looking at its inputs after a graph break.
+    pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+STRENGTH = 0.01
+L1 = fxreg.Rule(fxreg.l1(STRENGTH))
+HALF = fxreg.Rule(fxreg.scale(0.5))
+
+
+class Nested(nn.Module):
+    """An adversarial model inside an innocent one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.before, self.inner, self.after = nn.Linear(3, 3), inner, nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.tanh(self.inner(self.before(x))))
+
+
+def nested(case: Case) -> Case:
+    return dataclasses.replace(
+        case,
+        make=lambda: Nested(case.make()),
+        state=lambda model: case.state(model.inner),
+        later=lambda model: case.later(model.inner),
+    )
+
+
+TABLE = {
+    **CASES,
+    **{f"{name}-nested": nested(case) for name, case in CASES.items() if case.nests},
+}
+
+every_case = pytest.mark.parametrize("name", TABLE)
+every_stateful = pytest.mark.parametrize("name", [n for n, c in TABLE.items() if n in CASES or c.remembers])
+every_hiding = pytest.mark.parametrize("name", [n for n, c in TABLE.items() if n in CASES or c.hides])
+every_model = pytest.mark.parametrize("name", CASES)
+
+
+def build(case: Case) -> nn.Module:
+    case.reset()
+    torch.manual_seed(0)
+    return case.make()
+
+
+@dataclasses.dataclass
+class Step:
+    """What one call showed.
+
+    Attributes:
+        where: which call it was.
+        output: what it returned, or the error it raised.
+        inputs: its arguments after the call.
+        gradients: of every parameter.
+        buffers: after the call.
+        state: the Python state after the call.
+    """
+
+    where: str
+    output: Any
+    inputs: Any
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    state: Any
+
+
+def seed() -> None:
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+
+
+def observe(
+    case: Case, called: nn.Module, model: nn.Module, loss_of: Callable[[Any], Tensor | None], stop: Any = ()
+) -> list[Step]:
+    """Make the case's calls in train mode, in eval mode and without gradients, the former with a backward pass each.
+    Ends early at an error of the kind `stop`."""
+    steps = []
+    torch.manual_seed(7)
+    calls = case.inputs()
+    planned = [("train", calls), ("eval", calls[:2]), ("no_grad", calls[:1])]
+    for mode, number, call in ((mode, *pair) for mode, some in planned for pair in enumerate(some)):
+        args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
+        args, kwargs = fresh((args, kwargs))
+        called.train(mode == "train")
+        for parameter in model.parameters():
+            parameter.grad = None
+        seed()
+        where = f"call {number}, {mode}"
+        try:
+            with torch.set_grad_enabled(mode != "no_grad"):
+                output = called(*args, **kwargs)
+            loss = None if mode == "no_grad" else loss_of(output)
+            if loss is not None and loss.requires_grad:
+                loss.backward()
+        except stop:
+            break
+        except Exception as error:
+            output = error
+        steps.append(
+            Step(
+                where,
+                kept(output, with_grad=mode != "no_grad"),
+                kept((args, kwargs)),
+                {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+                {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
+                case.state(model),
+            )
+        )
+    return steps
+
+
+def fresh(value: Any) -> Any:
+    """The arguments of a call, copied but for what they share."""
+    return copy.deepcopy(value)
+
+
+def kept(value: Any, with_grad: bool = True) -> Any:
+    """An output as it is now, whatever is done in place later."""
+    match value:
+        case Tensor():
+            return value.detach().clone().requires_grad_(value.requires_grad and with_grad)
+        case dict():
+            return (type(value), {key: kept(one, with_grad) for key, one in value.items()})
+        case list() | tuple():
+            return (type(value), [kept(one, with_grad) for one in value])
+        case _ if dataclasses.is_dataclass(value):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return (type(value), kept(fields, with_grad))
+        case Exception():
+            return type(value)
+    return value if isinstance(value, bool | int | float | str | slice | set | None) else type(value)
+
+
+def tensors(value: Any) -> Iterable[Tensor]:
+    match value:
+        case Tensor():
+            yield value
+        case dict():
+            yield from (t for one in value.values() for t in tensors(one))
+        case list() | tuple():
+            yield from (t for one in value for t in tensors(one))
+        case _ if dataclasses.is_dataclass(value):
+            yield from (t for field in dataclasses.fields(value) for t in tensors(getattr(value, field.name)))
+
+
+def probe(output: Any) -> Tensor | None:
+    """A scalar that looks at every element of every differentiable output, differently."""
+    total = None
+    for k, tensor in enumerate(tensors(output)):
+        if tensor.requires_grad:
+            index = torch.arange(1, tensor.numel() + 1, dtype=torch.float32)
+            term = (tensor.reshape(-1) * torch.cos(index + k)).sum()
+            total = term if total is None else total + term
+    return total
+
+
+@functools.cache
+def expected(name: str, penalty: float = STRENGTH, factor: float = 1.0) -> list[Step]:
+    """The calls on the original model, with loss and penalty written by hand."""
+    case = TABLE[name]
+    model = build(case)
+    case.later(model)
+
+    def loss_of(output: Any) -> Tensor | None:
+        loss = probe(output)
+        if loss is None or not penalty:
+            return loss
+        return loss + penalty * sum(p.abs().sum() for p in model.parameters() if p.requires_grad)
+
+    steps = observe(case, model, model, loss_of)
+    for step in steps:
+        step.gradients = {name: None if g is None else factor * g for name, g in step.gradients.items()}
+    return steps
+
+
+def emitted(case: Case, rule: fxreg.Rule, with_examples: bool = False) -> tuple[nn.Module, nn.Module]:
+    """The model and what became of it."""
+    model = build(case)
+    torch.manual_seed(7)
+    examples = fresh(case.inputs()[0]) if with_examples else None
+    gm = fxreg.transform(model, [rule], example_inputs=examples)
+    return model, gm
+
+
+def assert_equals(actual: list[Step], wanted: list[Step], refusal: str) -> None:
+    if len(actual) < len(wanted):
+        assert refusal, f"refused at {wanted[len(actual)].where}, although the model can do it"
+    for ours, theirs in zip(actual, wanted, strict=False):
+        where = theirs.where
+        assert same(ours.output, theirs.output), f"{where}: {ours.output} instead of {theirs.output}"
+        assert same(ours.inputs, theirs.inputs), f"{where}: leaves other arguments behind"
+        assert same(ours.state, theirs.state), f"{where}: leaves {ours.state} instead of {theirs.state}"
+        assert same(ours.buffers, theirs.buffers), f"{where}: leaves other buffers"
+        assert ours.gradients.keys() == theirs.gradients.keys()
+        for name, gradient in theirs.gradients.items():
+            found = ours.gradients[name]
+            if gradient is None or found is None:
+                assert gradient is found or not (gradient if found is None else found).any(), f"{where}: {name}.grad"
+                continue
+            error = float((found.double() - gradient.double()).norm() / gradient.double().norm().clamp_min(1e-9))
+            assert error < 1e-5, f"{where}: gradient of {name} is off by a factor of {error:.2g}"
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality, bitwise and in every type."""
+    if type(one) is not type(other):
+        return False
+    match one:
+        case Tensor():
+            alike = one.dtype == other.dtype and one.shape == other.shape and one.requires_grad == other.requires_grad
+            return alike and bool(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True).all())
+        case dict():
+            return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+        case list() | tuple():
+            return len(one) == len(other) and all(map(same, one, other))
+        case float():
+            return one == other or (math.isnan(one) and math.isnan(other))
+    return bool(one == other)
+
+
+# The table.
+
+
+@every_case
+def test_is_the_model_plus_its_penalty(name: str) -> None:
+    check_penalty(name, with_examples=False)
+
+
+@every_model
+def test_is_the_model_plus_its_penalty_when_verified(name: str) -> None:
+    check_penalty(name, with_examples=True)
+
+
+def check_penalty(name: str, with_examples: bool) -> None:
+    case = TABLE[name]
+    try:
+        model, gm = emitted(case, L1, with_examples)
+    except fxreg.FxregError as error:
+        if case.refusal or (with_examples and case.unverifiable):
+            return
+        raise AssertionError(f"refused: {error}") from error
+    case.reset()
+    case.later(model)
+    assert_equals(observe(case, gm, model, probe, fxreg.FxregError), expected(name), case.refusal)
+
+
+@every_hiding
+def test_a_gradient_transform_holds_or_is_refused(name: str) -> None:
+    case = TABLE[name]
+    allowed = case.refusal or case.hides
+    try:
+        model, gm = emitted(case, HALF)
+    except fxreg.FxregError as error:
+        if allowed:
+            return
+        raise AssertionError(f"refused: {error}") from error
+    case.reset()
+    case.later(model)
+    assert_equals(observe(case, gm, model, probe, fxreg.FxregError), expected(name, 0.0, 0.5), allowed)
+
+
+@every_stateful
+def test_capture_leaves_no_trace(name: str) -> None:
+    """Neither in anything that can be looked at, nor in what the model does afterwards."""
+    case = TABLE[name]
+    model = build(case)
+    seed()
+    before, state = fingerprint(model), case.state(model)
+    try:
+        fxreg.transform(model, [L1])
+    except fxreg.FxregError:
+        assert case.refusal
+    assert case.state(model) == state
+    assert changed(before, fingerprint(model)) == []
+    case.later(model)
+    assert_equals(observe(case, model, model, probe), expected(name, 0.0), "")
+
+
+@every_model
+def test_verification_leaves_no_trace(name: str) -> None:
+    """In the model, the examples and the random numbers; state kept outside the model is the model's own affair."""
+    case = TABLE[name]
+    model = build(case)
+    torch.manual_seed(7)
+    examples = fresh(case.inputs()[0])
+    given = kept(examples)
+    seed()
+    before = fingerprint(model, versions=False)
+    try:
+        fxreg.transform(model, [L1], example_inputs=examples)
+    except fxreg.FxregError:
+        assert case.refusal or case.unverifiable
+    assert same(kept(examples), given)
+    assert changed(before, fingerprint(model, versions=False)) == []
+
+
+@every_model
+def test_plain_tracing_is_wrong_or_refuses(name: str) -> None:
+    """Keeps the table honest."""
+    case = TABLE[name]
+    model = build(case)
+    before = fingerprint(model)
+    try:
+        traced = fx.symbolic_trace(model)
+    except BaseException:
+        torch.set_grad_enabled(True)
+        return
+    if changed(before, fingerprint(model)):
+        return
+    case.reset()
+    case.later(model)
+    with pytest.raises(AssertionError):
+        assert_equals(observe(case, traced, model, probe), expected(name, 0.0), "")
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints."""
+    return [key for key in {**before, **after} if before.get(key) != after.get(key)]
+
+
+def fingerprint(model: nn.Module, versions: bool = True) -> dict[str, Any]:
+    """Everything that a capture could change: the model's state, the random numbers, and what the process shares."""
+    found: dict[str, Any] = {
+        "class nn.Module": {key: id(value) for key, value in vars(nn.Module).items() if callable(value)},
+        "functions of torch": [id(f) for f in (torch.is_grad_enabled, torch.is_autocast_enabled, torch.rand)],
+        "functions of autograd": {
+            k: id(v) for k, v in vars(torch.autograd.function).items() if k != "__warningregistry__"
+        },
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()),
+        "function modes": _len_torch_function_stack(),
+        "random": random.getstate(),
+        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
+        "torch": torch.get_rng_state().tolist(),
+    }
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            found[f"{path}.{key}"] = print_of(value, seen, versions)
+    return found
+
+
+def print_of(value: Any, seen: set[int], versions: bool) -> Any:
+    """What a value is now, in a form that compares."""
+    if isinstance(value, Tensor):
+        mark = value._version if versions else value.detach().tolist()
+        return (id(value), mark, value.requires_grad, id(value.grad) if value.is_leaf else None)
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, itertools.cycle):
+        return repr(value.__reduce__()) if sys.version_info < (3, 14) else None
+    inert = isinstance(value, nn.Module | type) or type(value).__module__.startswith("torch._dynamo")
+    if inert or (callable(value) and not hasattr(value, "__dict__")):
+        return id(value)
+    if id(value) in seen:
+        return id(value)
+    if isinstance(value, dict):
+        seen.add(id(value))
+        return (type(value), id(value), [(key, print_of(one, seen, versions)) for key, one in value.items()])
+    if isinstance(value, list | tuple | set):
+        seen.add(id(value))
+        return (type(value), [print_of(one, seen, versions) for one in value])
+    if hasattr(value, "__dict__"):
+        seen.add(id(value))
+        return (id(value), print_of(vars(value), seen, versions))
+    return repr(value)
+
+
+# What is not in the table: depth, reasons, failures half-way, and other threads.
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        y += x
+        return torch.relu(y)
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.stages = nn.Sequential(*(nn.Sequential(Residual(4), Residual(4)) for _ in range(2)))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(self.stem(x))
+        x = torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+        return self.head(F.dropout(x, 0.2, self.training))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, n, 3, 2, d // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0)
+        x = x + self.out(y.transpose(1, 2).reshape(b, n, d))
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (ResNet, (2, 1, 6, 6)),
+        (Encoder, (2, 5, 8)),
+        (lambda: nn.Sequential(Encoder(), Encoder(), nn.Linear(8, 2)), (2, 5, 8)),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)), (2, 3, 4)),
+    ],
+    ids=["resnet", "encoder", "encoders", "mlp"],
+)
+def test_plain_models_are_captured_to_the_layers(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    model = make()
+    gm = fxreg.transform(model, [L1], example_inputs=(torch.randn(shape),))
+    assert fxreg.explain(gm).opaque == {}
+    called = {node.target for node in gm.graph.nodes if node.op == "call_module"}
+    layers = {name for name, module in model.named_modules() if not [*module.children()]}
+    assert called == layers
+
+
+def test_the_smallest_enclosing_module_stays_whole_and_says_why() -> None:
+    model = nn.Sequential(Block(), nn.Sequential(Block(), Branching()), nn.Linear(3, 3))
+    report = fxreg.explain(fxreg.transform(model, [L1]))
+    assert list(report.opaque) == ["1.1"]
+    assert "opaque: 1.1: " in str(report)
+    assert "value" in report.opaque["1.1"]
+
+
+REASONS = {
+    "TrainingBranch": "value|training|branch",
+    "NoGrad": "grad|context",
+    "Autocast": "autocast|context",
+    "Reversal": "autograd.Function",
+    "root_hook": "hooks",
+    "PythonFactor": "random",
+    "Counter": "attribute|Counter.n",
+    "Log": "log|append",
+    "Rebound": "attribute|Rebound.buf",
+    "PlainList": "registered",
+    "replaced_forward": "forward",
+    "OverriddenRoot": "__call__",
+    "RowLoop": "iterates|loop",
+    "SizeLoop": "value|loop|size",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_the_reason_names_what_the_forward_did(name: str) -> None:
+    report = fxreg.explain(emitted(CASES[name], L1)[1])
+    assert re.search(REASONS[name], " ".join(report.opaque.values()))
+
+
+def test_the_innocent_rest_of_a_model_is_captured() -> None:
+    """Around each model that maps a batch to a batch, the layers before and after it are nodes, or it says why not."""
+    shallow = []
+    for name, case in TABLE.items():
+        if name.endswith("-nested"):
+            try:
+                report = fxreg.explain(emitted(case, L1)[1])
+            except fxreg.FxregError:
+                continue
+            if "" in report.opaque:
+                shallow.append(name.removesuffix("-nested"))
+    assert len(shallow) < sum(case.nests for case in CASES.values()) / 4, shallow
+
+
+def interrupted(x: Tensor) -> Tensor:
+    random.random()
+    torch._C._set_grad_enabled(False)
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_half_way_leaves_no_trace() -> None:
+    class Interrupted(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return interrupted(self.fc(x)) * self.w
+
+    model = nn.Sequential(Block(), Interrupted())
+    before = fingerprint(model)
+    with contextlib.suppress(KeyboardInterrupt):  # nothing is raised where the forward was never tried
+        fxreg.transform(model, [L1])
+    assert changed(before, fingerprint(model)) == []
+
+
+def test_a_lazy_model_is_refused() -> None:
+    with pytest.raises(fxreg.FxregError, match=r"(?i)lazy"):
+        fxreg.transform(nn.Sequential(nn.LazyLinear(3)), [L1])
+
+
+def test_a_model_on_the_meta_device_is_captured() -> None:
+    with torch.device("meta"):
+        model = ResNet()
+    gm = fxreg.transform(model, [L1, HALF])
+    assert gm(torch.empty(2, 1, 6, 6, device="meta")).shape == (2, 3)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_the_mode_around_transform_is_not_captured(context: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), nn.Linear(3, 3))
+    code = fxreg.transform(model, [L1]).code
+    with context():
+        gm = fxreg.transform(model, [L1])
+    assert gm.code == code
+    gm(torch.ones(2, 3)).sum().backward()
+
+
+def test_other_threads_do_not_notice() -> None:
+    """Forward passes, training modes, new modules and scripted ones, while other models are captured."""
+    model = nn.Sequential(Block(), nn.Dropout(0.5), Branching())
+    twin = copy.deepcopy(model).eval()
+    scripted = torch.jit.script(Branching())
+    x = torch.ones(2, 3)
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            while not done.is_set():
+                for training in (True, False):
+                    model.train(training)
+                    scripted.train(training)
+                    assert model.training is training
+                    assert scripted.training is training
+                    assert type(model(x)) is Tensor
+                    assert type(scripted(x)) is Tensor
+                assert torch.equal(model(x), twin(x))
+                assert nn.Dropout(0.5).eval().training is False
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for name in ("TrainingArgument", "Counter", "Reversal", "PythonInChild", "Pythonic") * 4:
+            fxreg.transform(CASES[name].make(), [L1])
+    finally:
+        done.set()
+        thread.join()
+    assert errors == []
+
+
+def test_one_capture_does_not_disturb_another_in_a_second_thread() -> None:
+    codes: dict[int, set[str]] = {0: set(), 1: set()}
+    models = [ResNet(), Encoder()]
+
+    def work(k: int) -> None:
+        for _ in range(5):
+            codes[k].add(fxreg.transform(models[k], [L1]).code)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == {k: {fxreg.transform(models[k], [L1]).code} for k in (0, 1)}
