@@ -202,9 +202,9 @@ def _with_rules(state: State, gradients: Mapping[str, Tensor | None], weight: fl
     for site, pulls in plan.pulls().items():
         for pull in pulls if site in result else ():
             result[site] = _pulled(state, pull, result[site], parameters[site])
-    for edit in plan.penalties if weight is not None else ():
-        if edit.site in result:
-            added = weight * _penalty_gradient(state, edit.label, edit.effect, parameters[edit.site])
+    for edit in plan.penalties:
+        if edit.site in result and weight is not None:
+            added = _penalty_gradient(state, edit.label, edit.effect, parameters[edit.site]) * weight
             before = result[edit.site]
             result[edit.site] = added if before is None else before + added
     return result

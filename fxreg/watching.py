@@ -14,6 +14,7 @@ from .staleness import check_unchanged
 from .structure import tensors
 
 _BACKWARDS_WATCHED = 8
+_DONE = 1_000_000
 
 
 def watch(gm: RegularizedModule) -> None:
@@ -76,17 +77,28 @@ def _watch_accumulation(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _check_accumulation(state: State) -> None:
-    """Before a backward pass: gradients that are already there mean that it will add to them."""
+    """At the start of a backward pass: where a gradient is already there, look at its end whether it was added to."""
     state.backwards_watched += 1
     parameters = dict(state.model.named_parameters())
-    gradients = [parameters[site].grad for site in _injected(state) if parameters[site].requires_grad]
-    seen = next((gradient for gradient in gradients if gradient is not None), None)
-    if state.scale_was_set or seen is None or not bool(seen.any()):
+    found = (parameters[site] for site in _injected(state))
+    parameter = next((p for p in found if p.requires_grad and p.grad is not None), None)
+    if state.scale_was_set or parameter is None or parameter.grad is None or not bool(parameter.grad.any()):
         return
-    state.backwards_watched = _BACKWARDS_WATCHED
-    warnings.warn(
-        "fxreg: gradients accumulate over several backward passes, and each adds the penalties' gradient in full. "
-        "Call fxreg.set_loss_scale(gm, 1 / accumulation_steps), with the factor by which you scale the loss; 1 if "
-        "several times is what you mean.",
-        stacklevel=2,
-    )
+    before, version = parameter.grad, parameter.grad._version
+
+    def finish() -> None:
+        if parameter.grad is not before or before._version != version:  # not so in torch.autograd.grad
+            _warn_accumulation(state)
+
+    torch.autograd.Variable._execution_engine.queue_callback(finish)
+
+
+def _warn_accumulation(state: State) -> None:
+    if state.backwards_watched < _DONE:
+        state.backwards_watched = _DONE
+        warnings.warn(
+            "fxreg: gradients accumulate over several backward passes, and each adds the penalties' gradient in full. "
+            "Call fxreg.set_loss_scale(gm, 1 / accumulation_steps), with the factor by which you scale the loss; 1 if "
+            "several times is what you mean.",
+            stacklevel=2,
+        )

@@ -15,7 +15,6 @@ from .models import CASES, MLP, build
 from .reference import assert_same, by_hand, objective, twin
 from .test_contexts import EMITS, LOWERINGS, Cell, _compiles_whole, gradients_of, loss_of, terms_of
 
-
 pytestmark = pytest.mark.filterwarnings(  # Dynamo's own, looking at its inputs after a graph break
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )
