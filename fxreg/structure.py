@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree  # private by name only: what torch.export and torch.func document
 
 from .errors import CaptureError
@@ -80,7 +81,7 @@ def replace_field(value: Any, field: str, new: Any) -> Any:
     """A copy of a mapping, named tuple or dataclass with one field replaced."""
     if hasattr(value, "_replace"):
         return value._replace(**{field: new})
-    if type(value) is dict:
+    if type(value) in (dict, immutable_dict):  # fx interpreters pass a graph's literal dicts as immutable ones
         return {**value, field: new}
     result = copy.copy(value)
     if isinstance(result, dict):
