@@ -69,7 +69,7 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
             return _traced(model, arguments)
         except Untraceable as failure:
             reason = str(failure)
-    return Captured(_whole(arguments), {"": reason})
+    return Captured(_whole(arguments), {"": reason}, remember(model))
 
 
 def _traced(model: nn.Module, arguments: tuple[Argument, ...]) -> Captured:
@@ -89,7 +89,7 @@ def _traced(model: nn.Module, arguments: tuple[Argument, ...]) -> Captured:
         if tracer.side_effect is None:
             misled = tracer.ledger.misled()
             if not misled:
-                remembered = remember(tracer.ledger.modules, tracer.ledger.reads.items())
+                remembered = remember(model, tracer.ledger.modules, tracer.ledger.reads.items())
                 return Captured(graph, tracer.opaque, remembered)
             forced |= misled
         elif watches:

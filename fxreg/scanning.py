@@ -46,7 +46,18 @@ _ASKS = {
     "ThreadPoolExecutor": "starts a thread",
 }
 _MUTABLE = (list, dict, set)
-_LIBRARIES = ("torch", "numpy", "builtins", "math", "functools", "itertools", "operator", "collections", "typing")
+_LIBRARIES = (
+    "fxreg",
+    "torch",
+    "numpy",
+    "builtins",
+    "math",
+    "functools",
+    "itertools",
+    "operator",
+    "collections",
+    "typing",
+)
 _CHANGING = {
     "append", "appendleft", "add", "update", "setdefault", "pop", "popitem", "extend", "clear", "insert", "remove",
     "discard", "__setitem__", "setattr", "put",

@@ -22,18 +22,23 @@ class Remembered:
         path: from the model to the module.
         kind: the qualified name of its class if its forward was traced, otherwise "".
         values: the attributes that were read, as they were.
+        parameters: the names of its own parameters.
     """
 
     path: tuple[str, ...]
     kind: str
     values: tuple[tuple[str, Any], ...]
+    parameters: tuple[str, ...]
 
 
 def remember(
-    modules: Mapping[str, nn.Module], reads: Iterable[tuple[tuple[str, str, str], Any]]
+    root: nn.Module,
+    modules: Mapping[str, nn.Module] | None = None,
+    reads: Iterable[tuple[tuple[str, str, str], Any]] = (),
 ) -> tuple[Remembered, ...]:
-    """What to compare later: of the traced modules by path, and of what they read."""
-    values: dict[str, dict[str, Any]] = {path: {} for path in modules}
+    """What to compare later: of the root, of the traced modules by path, and of what they read."""
+    modules = modules or {}
+    values: dict[str, dict[str, Any]] = {path: {} for path in ("", *modules)}
     for (_, path, name), value in reads:
         if (frozen := _frozen(value)) is not _UNKNOWN:
             values.setdefault(path, {})[name] = frozen
@@ -42,6 +47,7 @@ def remember(
             tuple(path.split(".")) if path else (),
             _kind(modules[path]) if path in modules else "",
             tuple(found.items()),
+            _own_parameters(modules.get(path, root if not path else None)),
         )
         for path, found in values.items()
     )
@@ -77,11 +83,17 @@ def _difference(module: nn.Module, then: Remembered) -> str | None:
             return "got a forward of its own instance"
         if any(own.get(hooks) for hooks in HOOKS):
             return "got hooks"
+    if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
+        return "has other parameters"
     for name, value in then.values:
         now = _frozen(own[name] if name in own else getattr(module, name, _UNKNOWN))
         if not _alike(now, value):
             return f"has another {name!r}"
     return None
+
+
+def _own_parameters(module: nn.Module | None) -> tuple[str, ...]:
+    return () if module is None else tuple(name for name, p in module._parameters.items() if p is not None)
 
 
 def _changed(path: tuple[str, ...], what: str) -> CaptureError:

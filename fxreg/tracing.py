@@ -231,15 +231,14 @@ class SoundTracer(fx.Tracer):
         return what
 
     def _check_opaque_results(self, last: fx.Node | None, asks_none: bool) -> None:
-        """A forward may have asked `x is None` of what an opaque module returned, and no proxy can see that. Each
-        such value must be used where only a tensor will do, or be asserted to be one."""
+        """A forward whose code asks `x is None` may have asked it of what an opaque module returned, and no proxy can
+        see that: each such value is asserted to be a tensor. Other code can only pass it on."""
         for node, path in list(self._opaque_results.items()):
-            if last is not None and not node > last:
+            if not asks_none or (last is not None and not node > last):
                 continue
             if not node.users:
-                if asks_none:
-                    self.give_up(f"returns or discards what opaque {path!r} returns, and asks whether it is None")
-            elif asks_none or not _enforces_tensor(node):
+                self.give_up(f"returns or discards what opaque {path!r} returns, and asks whether it is None")
+            else:
                 self.expect(node, f"what {path!r} returned")
                 del self._opaque_results[node]
 
