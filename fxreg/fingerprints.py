@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .enclosed import defaults, enclosed
+
 
 def fingerprint(description: str, functions: tuple[Callable[..., Any], ...]) -> str:
     """A short hash of a description and of the functions' meaning; an identifier."""
@@ -30,9 +32,7 @@ def _source(function: Callable[..., Any]) -> str:
     except (OSError, TypeError, SyntaxError):  # typed at a prompt, or made by exec
         code = function.__code__
         text = repr((code.co_code, code.co_consts, code.co_names))
-    around = [cell.cell_contents for cell in function.__closure__ or ()]
-    around += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    return "\n".join([text, *map(_identity, around)])
+    return "\n".join([text, *map(_identity, (*enclosed(function), *defaults(function)))])
 
 
 def _identity(value: object) -> str:

@@ -1,5 +1,6 @@
 """Finding parameters that a model also reaches past their registered names, where a substitute would be missed."""
 
+import collections
 import functools
 import types
 from collections.abc import Collection, Iterator
@@ -7,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .enclosed import defaults, enclosed
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CLOSED = (str, bytes, int, float, complex, type, types.ModuleType, torch.dtype, torch.device)
@@ -42,19 +45,14 @@ def _inside(value: Any) -> Iterator[Any]:
     match value:
         case dict():
             yield from value.values()
-        case list() | tuple() | set() | frozenset():
+        case list() | tuple() | set() | frozenset() | collections.deque():
             yield from value
         case functools.partial():
             yield from (value.func, *value.args, *value.keywords.values())
         case types.MethodType():
             yield from (value.__self__, value.__func__)
         case types.FunctionType():
-            for cell in value.__closure__ or ():
-                try:
-                    yield cell.cell_contents
-                except ValueError:  # not filled yet
-                    continue
-            yield from value.__defaults__ or ()
+            yield from (*enclosed(value), *defaults(value))
         case nn.Module():
             yield from vars(value).values()
         case _ if isinstance(getattr(value, "__dict__", None), dict):

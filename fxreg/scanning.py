@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .enclosed import defaults, enclosed
+
 _OPCODES = {
     "BEFORE_WITH": "enters",
     "BEFORE_ASYNC_WITH": "enters",
@@ -137,7 +139,7 @@ def _reached(owners: tuple[type, ...], start: tuple[Any, ...]) -> tuple[types.Fu
         if function is None or function in found or _is_library(function):
             continue
         found[function] = None
-        waiting += [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+        waiting += enclosed(function)
         waiting.append(getattr(function, "__wrapped__", None))
         for name in _names(function.__code__):
             waiting.append(function.__globals__.get(name))
@@ -157,13 +159,6 @@ def _as_function(value: Any) -> types.FunctionType | None:
 
 def _is_library(definition: Any) -> bool:
     return (definition.__module__ or "").partition(".")[0] in _LIBRARIES
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -216,8 +211,7 @@ def _asks_for_none(function: types.FunctionType) -> bool:
 
 @_once_per_function
 def _function_reason(function: types.FunctionType) -> str | None:
-    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    what = next((f"has a default that can change ({d!r})" for d in defaults if isinstance(d, _MUTABLE)), None)
+    what = next((f"has a default that can change ({d!r})" for d in defaults(function) if isinstance(d, _MUTABLE)), None)
     if what is None and _may_change_a_global(function):
         what = "changes a global container"
     if what is None:

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from .enclosed import enclosed
+
 _INERT = (
     bool, int, float, complex, str, bytes, types.NoneType, type, types.ModuleType, types.BuiltinFunctionType,
     torch.dtype, torch.device, torch.Size, fx.Graph,
@@ -118,11 +120,7 @@ def _inside(value: Any) -> Iterator[Any]:
         case types.MethodType():
             yield value.__self__
         case types.FunctionType():
-            for cell in value.__closure__ or ():
-                try:
-                    yield cell.cell_contents
-                except ValueError:  # not filled yet
-                    continue
+            yield from enclosed(value)
     if not isinstance(value, types.FunctionType | types.MethodType) and isinstance(
         getattr(value, "__dict__", None), dict
     ):

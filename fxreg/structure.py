@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree  # private by name only: what torch.export and torch.func document
 
+from .enclosed import defaults, enclosed
 from .errors import CaptureError
 
 _INERT = (
@@ -114,7 +115,7 @@ def _holds_no_tensor(value: Any, depth: int = 4) -> bool:
     if depth == 0 or isinstance(value, types.GeneratorType):
         return False
     if isinstance(value, types.FunctionType):
-        return all(_holds_no_tensor(cell.cell_contents, depth - 1) for cell in value.__closure__ or ())
+        return all(_holds_no_tensor(one, depth - 1) for one in (*enclosed(value), *defaults(value)))
     inside = list(getattr(value, "__dict__", {}).values())
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     inside += [getattr(value, name) for name in slots if isinstance(name, str) and hasattr(value, name)]

@@ -4,6 +4,7 @@ The reference is the original model, built a second time from the same seed, wit
 fxreg's graph nor its `verify` has a part in it.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -604,3 +605,50 @@ def test_one_capture_does_not_disturb_another_in_a_second_thread() -> None:
     for thread in threads:
         thread.join()
     assert codes == {k: {fxreg.transform(models[k], [L1]).code} for k in (0, 1)}
+
+
+def _closing_over(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+def _defaulting_to(value: Any) -> Callable[[], Any]:
+    def read(*, kept: Any = value) -> Any:
+        return kept
+
+    return read
+
+
+@pytest.mark.parametrize("hide", [lambda w: collections.deque([w]), _closing_over, _defaulting_to])
+def test_a_transformed_parameter_that_is_also_held_elsewhere_is_refused(hide: Callable[[nn.Parameter], Any]) -> None:
+    model = nn.Linear(3, 2)
+    model.hidden = hide(model.weight)
+    with pytest.raises(fxreg.CaptureError, match="'hidden'"):
+        fxreg.transform(model, fxreg.Rule(fxreg.scale(0.5), param="weight"))
+
+
+def test_an_unfilled_closure_in_a_formula_or_an_output_is_no_obstacle() -> None:
+    def late() -> tuple[Callable[[Tensor], Tensor], Callable[[], Any]]:
+        def formula_with_late_name(weight: Tensor) -> Tensor:
+            return weight.abs().sum() if weight.ndim else weight * unfilled
+
+        def in_output() -> Any:
+            return unfilled
+
+        if not late:
+            unfilled = 1
+        return formula_with_late_name, in_output
+
+    formula, function = late()
+    effect = fxreg.penalty(formula)
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.inner(x), function
+
+    output, kept = fxreg.transform(Pair(), fxreg.Rule(effect(0.1)))(torch.ones(1, 2))
+    assert output.requires_grad
+    assert kept is function
