@@ -16,7 +16,7 @@ from torch._C import _are_functorch_transforms_active  # private: no public way 
 
 from .errors import CaptureError, FxregError
 from .operators import attach as _attach_operator
-from .structure import map_tensors, replace_field, tensors
+from .structure import Hole, likeness, map_tensors, replace_field, tensors
 
 
 def call_model(
@@ -125,6 +125,44 @@ def expect_tensor(value: Any, what: str) -> Any:
             "example_inputs= of the kind you call it with."
         )
     return value
+
+
+def expect_like(value: Any, kind: Any, what: str) -> Any:
+    """The value; an error unless it has tensors, and nothing, where it had them when the model was captured."""
+    if likeness(value) != kind:
+        raise CaptureError(
+            f"{what} was {kind} when the model was captured, and is {likeness(value)} now. Capture it with "
+            "example_inputs= of the kind you call it with."
+        )
+    return value
+
+
+def expect_assumed(state: Any, arguments: list[Any]) -> None:
+    """An error unless what a recorded graph assumes holds for these arguments."""
+    if not state.assumes(*arguments):
+        raise CaptureError(
+            "the graph was recorded on an example and does not hold for this call (another kind of argument, size, "
+            "mode, data type or device). Call the module that fxreg.transform returned: it has another graph for it."
+        )
+
+
+def expect_same(value: Any, expected: Any, what: str) -> None:
+    """An error unless a number is what it was when the model was captured, where a forward asked for it."""
+    if value != expected:
+        raise CaptureError(
+            f"the forward asks for {what}, which was {expected!r} when the model was captured and is {value!r} now. "
+            "Capture it with example_inputs= of the kind you call it with."
+        )
+
+
+def by_mode(training: bool, one: Any, other: Any) -> Any:
+    """The first in training, the second in evaluation."""
+    return one if training else other
+
+
+def fill(skeleton: Any, parts: list[Any]) -> Any:
+    """A new object after a skeleton."""
+    return map_tensors(lambda hole: parts[hole.position], skeleton, (Hole,))
 
 
 def unpack(value: Any, count: int) -> tuple[Any, ...]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import calls
+from .assuming import Assumed
+from .deepening import deepen
 from .errors import CaptureError
 from .module import CHILD, RegularizedModule
 from .proxies import TracedValue, Untraceable
@@ -30,11 +32,15 @@ class Captured:
         graph: complete, with its output node; parameters are read where the forward reads them.
         opaque: for the path of every module called as a whole, why; `""` is the root.
         remembered: what the graph holds as it was, for `check_unchanged`.
+        assumed: what must hold of a call for the graph to be right; nothing if None.
+        otherwise: what is right where that does not hold.
     """
 
     graph: fx.Graph
     opaque: Mapping[str, str]
     remembered: tuple[Remembered, ...] = ()
+    assumed: Assumed | None = None
+    otherwise: "Captured | None" = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Argument:
         by_position: whether the forward is given it by position.
         default: its default; `Parameter.empty` where it has none.
         oddity: why it is not taken for a tensor, if it is not.
+        example: of its value, where there is one.
     """
 
     name: str
@@ -53,15 +60,41 @@ class Argument:
     by_position: bool
     default: Any
     oddity: str | None = None
+    example: Any = None
 
 
 def capture(model: nn.Module, example_inputs: Examples | None = None) -> Captured:
     """Trace the model's forward; the root itself becomes one opaque call if it cannot be traced.
 
+    Where that leaves layers out of sight, and there are examples, the forward is recorded as well.
+
     Raises:
         CaptureError: examples that do not fit the forward's signature.
     """
     arguments = read_arguments(model, example_inputs)
+    captured = _symbolic(model, arguments)
+    if example_inputs is None or not captured.opaque:
+        return captured
+    recorded = deepen(
+        model,
+        lambda graph: _add_placeholders(graph, arguments),
+        {a.name: a.example for a in arguments if a.is_open},
+        lambda values: _call(model, arguments, values),
+    )
+    if recorded is None or len(visible_layers(model, recorded.graph)) <= len(visible_layers(model, captured.graph)):
+        return captured
+    return Captured(recorded.graph, recorded.opaque, recorded.remembered, recorded.assumed, captured)
+
+
+def visible_layers(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """The paths of the modules with parameters of their own that a graph calls, or whose parameters it reads."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    return {path for path, module in model.named_modules() if module._parameters and path in called | read}
+
+
+def _symbolic(model: nn.Module, arguments: tuple["Argument", ...]) -> Captured:
+    """What can be said without an example."""
     odd = (f"argument {a.name!r} {a.oddity}" for a in arguments if a.oddity)
     reason = whole_reason(model) or next(odd, None)
     if reason is None:
@@ -133,12 +166,13 @@ def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[A
         elif star:
             extra = given.get(name, {})
             pairs = extra.items() if star == "**" else ((f"{name}_{i}", value) for i, value in enumerate(extra))
-            found += [Argument(n, True, star == "*", inspect.Parameter.empty, _oddity(v)) for n, v in pairs]
+            found += [Argument(n, True, star == "*", inspect.Parameter.empty, _oddity(v), v) for n, v in pairs]
         else:
             is_open = name in given or parameter.default is inspect.Parameter.empty
             by_position = parameter.kind is not parameter.KEYWORD_ONLY and all(a.is_open for a in found)
             oddity = _oddity(given[name]) if name in given else _annotated_oddity(parameter.annotation)
-            found.append(Argument(name, is_open, by_position, parameter.default, oddity if is_open else None))
+            oddity = oddity if is_open else None
+            found.append(Argument(name, is_open, by_position, parameter.default, oddity, given.get(name)))
     return tuple(found)
 
 
@@ -170,8 +204,7 @@ def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...]) -> fx.Graph:
 
     def run() -> Any:
         values = {a.name: TracedValue(nodes[a.name], tracer) for a in arguments if a.is_open}
-        args = [values.pop(a.name) for a in arguments if a.is_open and a.by_position]
-        output = tracer.root.forward(*args, **values)
+        output = _call(tracer.root, arguments, values)
         if _holds_size(output):
             tracer.give_up("returns a torch.Size")
         return tracer.create_arg(output)
@@ -182,6 +215,13 @@ def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...]) -> fx.Graph:
             tracer.expect(nodes[argument.name], f"argument {argument.name!r}")
     tracer.graph.output(result)
     return copy.deepcopy(tracer.graph)  # with names as if what was rolled back had never been
+
+
+def _call(model: nn.Module, arguments: tuple[Argument, ...], values: dict[str, Any]) -> Any:
+    """Call the forward with values for its open arguments."""
+    values = dict(values)
+    args = [values.pop(a.name) for a in arguments if a.is_open and a.by_position]
+    return model.forward(*args, **values)
 
 
 def _holds_size(output: Any) -> bool:

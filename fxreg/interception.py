@@ -6,32 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-
-from .proxies import holds_proxy
+from torch import nn
 
 _CHANGES = (
     "__delattr__", "register_buffer", "register_parameter", "add_module", "register_forward_hook",
     "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook", "_apply",
 )  # fmt: skip
-
-
-class _NoTensorWork(TorchFunctionMode):
-    """Refuses torch calls without a proxy: their result would be frozen into the graph."""
-
-    def __init__(self, tracer: Any) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if holds_proxy(args) or holds_proxy(kwargs):
-            if torch.overrides.is_tensor_method_or_property(func):
-                return self._tracer.create_proxy("call_method", func.__name__, args, kwargs)
-            return self._tracer.create_proxy("call_function", func, args, kwargs)
-        name = getattr(func, "__name__", repr(func))
-        return self._tracer.give_up(f"calls {name} on what is known when it is traced, which would be frozen in")
 
 
 _lock = threading.RLock()
@@ -51,7 +31,7 @@ def intercepted(tracer: Any) -> Iterator[None]:
         try:
             for owner, name, replacement in patches:
                 setattr(owner, name, replacement)
-            with _NoTensorWork(tracer):
+            with tracer.mode():
                 yield
         finally:
             for owner, name, original in originals:
@@ -84,17 +64,11 @@ def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
 
     def read(module: nn.Module, name: str) -> Any:
         value = module_getattr(module, name)
-        if _ours(tracer):
-            if isinstance(value, Tensor):
-                path = tracer.path_of(module)
-                return tracer.create_proxy("get_attr", f"{path}.{name}" if path else name, (), {})
-            if not isinstance(value, nn.Module):
-                tracer.note_read(module, name, value)
-        return value
+        return tracer.attribute(module, name, value) if _ours(tracer) else value
 
     def write(module: nn.Module, name: str, value: Any) -> None:
         if _ours(tracer):
-            tracer.give_up(f"sets {type(module).__name__}.{name}")
+            tracer.note_change(module, f"sets {type(module).__name__}.{name}")
         module_setattr(module, name, value)
 
     def training(module: nn.Module) -> Any:
@@ -105,7 +79,7 @@ def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
 
     def set_training(module: nn.Module, mode: bool) -> None:
         if _ours(tracer):
-            tracer.give_up("changes the training mode")
+            tracer.note_change(module, "changes the training mode")
         vars(module)["training"] = mode
 
     return [
@@ -114,10 +88,7 @@ def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
         (nn.Module, "__getattr__", read),
         (nn.Module, "__setattr__", write),
         (nn.Module, "training", property(training, set_training)),
-        *(
-            (nn.Module, name, _refusing(tracer, vars(nn.Module)[name], f"calls {name} of a module"))
-            for name in _CHANGES
-        ),
+        *((nn.Module, name, _noting(tracer, vars(nn.Module)[name], f"calls {name} of a module")) for name in _CHANGES),
     ]
 
 
@@ -134,5 +105,19 @@ def _on_questions(tracer: Any) -> list[tuple[Any, str, Any]]:
     return [(owner, name, _refusing(tracer, vars(owner)[name], what)) for owner, name, what in refused]
 
 
+def _noting(tracer: Any, original: Callable[..., Any], what: str) -> Callable[..., Any]:
+    def change(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _ours(tracer):
+            tracer.note_change(module, what)
+        return original(module, *args, **kwargs)
+
+    return change
+
+
 def _refusing(tracer: Any, original: Callable[..., Any], what: str) -> Callable[..., Any]:
-    return lambda *args, **kwargs: tracer.give_up(what) if _ours(tracer) else original(*args, **kwargs)
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if _ours(tracer):
+            tracer.give_up(what)
+        return original(*args, **kwargs)
+
+    return refuse

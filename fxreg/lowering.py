@@ -25,25 +25,37 @@ def lower(model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> Regul
     Raises:
         CaptureError: a gradient transform on a parameter that is also reached past its registered name.
     """
-    return _Lowering(model, captured, plan, emit).emitted()
+    lowering = _Lowering(model, captured, plan, emit)
+    gm = lowering.emitted()
+    if captured.otherwise is not None:
+        lowering.state.otherwise = _Lowering(model, captured.otherwise, plan, emit, lowering).emitted()
+    return gm
 
 
 class _Lowering:
-    """One rewrite: the graph being written, and what has been inserted so far."""
+    """One rewrite: the graph being written, and what has been inserted so far; its state may be another one's."""
 
-    def __init__(self, model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> None:
+    def __init__(
+        self, model: nn.Module, captured: Captured, plan: Plan, emit: Emit, first: "_Lowering | None" = None
+    ) -> None:
         self.model, self.plan, self.emit = model, plan, emit
         self.device = _device_of(model)
         self.graph = fx.Graph()
         result = self.graph.graph_copy(captured.graph, {})
         self.output = self.graph.output(result)
+        self.reads: dict[str, fx.Node] = {}
         self.nodes: dict[str, str] = {}
+        if first is not None:
+            self.strengths, self.streams, self.arguments = first.strengths, first.streams, first.arguments
+            self.state = first.state
+            return
         self.strengths: dict[str, str] = {}
         self.streams: dict[tuple[str, str], str] = {}
         self.arguments: dict[tuple[str, str], str] = {}
-        self.reads: dict[str, fx.Node] = {}
         provenance = Provenance(plan, emit, captured.opaque, False, self.nodes, self.strengths, self.streams)
-        self.state = State(model, captured.graph, captured.remembered, provenance, self.device)
+        self.state = State(model, captured.graph, captured.remembered, provenance, self.device, captured.assumed)
+        if captured.assumed is not None:
+            self._check_assumed()
         for edit in plan.edits:
             if not isinstance(edit, LeaveToCompanion):
                 self._register(edit.label, edit.effect)
@@ -56,6 +68,15 @@ class _Lowering:
                 node.target = located(node.target)
         self.graph.lint()
         return RegularizedModule(self.model, self.state, self.graph)
+
+    def _check_assumed(self) -> None:
+        """Ask in the graph itself, too, for whoever runs it without the module's forward."""
+        places = [node for node in self.graph.nodes if node.op == "placeholder"]
+        checked = {node.args[0] for node in self.graph.nodes if node.target is calls.expect_default}
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            arguments = [node for node in places if node not in checked]
+            self._insert("", "call_function", calls.expect_assumed, (self.graph.get_attr(CHILD), arguments))
 
     # State.
 
@@ -148,7 +169,9 @@ class _Lowering:
                 if definition.has_stream:
                     key = _stream_key(edit)
                     stream = torch.tensor([key, 0], dtype=torch.int64, device=self.device)
-                    buffer = self.streams[edit.label, site] = self._buffer(f"{edit.label}.{site}.stream", stream)
+                    if (edit.label, site) not in self.streams:
+                        self.streams[edit.label, site] = self._buffer(f"{edit.label}.{site}.stream", stream)
+                    buffer = self.streams[edit.label, site]
                     tensors = self._in_schema_order(definition, tensors, self._read(edit.label, buffer))
             name = "_".join(filter(None, (site, edit.label, suffix)))
             kwargs = self._named(edit.label, edit.effect)

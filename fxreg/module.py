@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name, map_aggregate  # private: the names fx itself writes into code
 
+from . import calls
+from .assuming import Assumed
 from .errors import FxregError
 from .planning import Emit, LeaveToCompanion, Plan
 from .staleness import Remembered
@@ -78,9 +80,14 @@ class State(nn.Module):
         remembered: tuple[Remembered, ...],
         provenance: Provenance,
         device: torch.device,
+        assumed: Assumed | None = None,
     ) -> None:
         super().__init__()
         vars(self)["_model"] = model
+        vars(self)["otherwise"] = None
+        self.assumed = assumed
+        if assumed is not None:
+            vars(self).update(assumed.kept, _ask=_function(assumed.questions))
         self.captured = graph
         self.remembered = remembered
         self.provenance = provenance
@@ -108,6 +115,14 @@ class State(nn.Module):
         if "_model" in vars(self):
             self.model.training = mode
 
+    def assumes(self, *arguments: Any) -> bool:
+        """Whether what the recorded graph assumes holds for a call with these arguments; whoever traces the module
+        gets that graph, in which the question is asked again."""
+        if any(isinstance(one, fx.Proxy) for one in arguments):
+            return True
+        assert self.assumed is not None
+        return self.assumed.holds(self.model, vars(self)["_ask"], arguments)
+
     def unbound(self) -> tuple[str, ...]:
         """The labels of the rules whose companion call has not come yet."""
         plan, bound = self.provenance.plan, _bound.get(self.model, set())
@@ -126,6 +141,9 @@ class State(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
         state["captured"] = _written(self.captured)
+        if self.assumed is not None:
+            state["_ask"] = None
+            state["assumed"] = replace(self.assumed, questions=_written(self.assumed.questions))
         model = type(self.model)
         if not _importable(model) and "" not in self.provenance.opaque:
             # The graph does not need the model itself: only its mode, in a stand-in that pickles.
@@ -137,6 +155,9 @@ class State(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.captured = _read(state["captured"])
+        if self.assumed is not None:
+            vars(self)["assumed"] = replace(self.assumed, questions=_read(self.assumed.questions))
+            vars(self)["_ask"] = _function(self.assumed.questions)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "State":
         result = State.__new__(State)
@@ -144,6 +165,23 @@ class State(nn.Module):
         vars(result).update({k: copy.deepcopy(v, memo) for k, v in vars(self).items() if k != "captured"})
         vars(result)["captured"] = copy.deepcopy(self.captured)
         return result
+
+
+class _Asking(fx.graph.CodeGen):
+    """Code that asks before anything else whether what the graph assumes holds, and runs the other graph if not."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        places = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+        (check,) = (node for node in graph.nodes if node.target is calls.expect_assumed)
+        asked = ", ".join(node.name for node in check.args[1])
+        self._lines = (
+            f"    if not self.{CHILD}.assumes({asked}):\n"
+            f"        return self.{CHILD}.otherwise.forward({', '.join(places)})\n"
+        )
+
+    def gen_fn_def(self, *args: Any, **kwargs: Any) -> str:
+        return f"{super().gen_fn_def(*args, **kwargs)}\n{self._lines}"
 
 
 class RegularizedModule(fx.GraphModule):
@@ -158,6 +196,8 @@ class RegularizedModule(fx.GraphModule):
         self._set_graph(graph)
 
     def _set_graph(self, graph: fx.Graph) -> None:
+        if any(node.target is calls.expect_assumed for node in graph.nodes):
+            graph.set_codegen(_Asking(graph))
         fx.GraphModule.graph.__set__(self, graph)  # type: ignore[attr-defined]  # a child may be called "graph"
 
     @property
@@ -221,6 +261,12 @@ def state_of(gm: nn.Module) -> State:
 
 def mark_verified(state: State) -> None:
     state.provenance = replace(state.provenance, verified=True)
+
+
+def _function(graph: fx.Graph) -> Callable[..., Any]:
+    """A graph without state as a function."""
+    forward: Callable[..., Any] = fx.GraphModule(nn.Module(), graph).forward
+    return forward
 
 
 def _restored() -> RegularizedModule:

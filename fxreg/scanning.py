@@ -107,6 +107,18 @@ def changes_containers(functions: Iterable[types.FunctionType]) -> bool:
     return any(map(_may_change_containers, functions))
 
 
+def global_objects(model: nn.Module) -> tuple[Any, ...]:
+    """What the model's code can reach and change through global variables: containers, and objects of its own."""
+    found: dict[int, Any] = {}
+    for function in {f for module in model.modules() for f in functions_of(module)}:
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            if isinstance(value, _MUTABLE) or (hasattr(value, "__dict__") and not _is_library(type(value))):
+                found[id(value)] = value
+    inert = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, nn.Module)
+    return tuple(value for value in found.values() if not isinstance(value, inert))
+
+
 def functions_of(module: nn.Module) -> tuple[types.FunctionType, ...]:
     """The user's functions that a forward pass of a module may reach."""
     helpers = [v for v in vars(module).values() if callable(v) and not isinstance(v, type | nn.Module)]
@@ -174,8 +186,13 @@ def _names(code: types.CodeType) -> set[str]:
 
 @_once_per_function
 def _mentions(function: types.FunctionType) -> frozenset[str]:
+    return frozenset(_names(function.__code__)).union(_strings(function))
+
+
+def _strings(function: types.FunctionType) -> Iterator[str]:
+    """The constants in a function's code that could be names."""
     constants = (constant for code in _codes(function.__code__) for constant in code.co_consts)
-    return frozenset(_names(function.__code__)).union(c for c in constants if isinstance(c, str))
+    return (constant for constant in constants if isinstance(constant, str) and constant.isidentifier())
 
 
 @_once_per_function
@@ -186,8 +203,8 @@ def _writes(function: types.FunctionType) -> frozenset[str]:
         for i in dis.get_instructions(code)
         if i.opname.startswith(("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"))
     }
-    mentions = _mentions(function)
-    return mentions | stored if mentions & {"setattr", "vars", "__dict__", "globals"} else frozenset(stored)
+    by_string = _mentions(function) & {"setattr", "vars", "__dict__", "globals"}
+    return frozenset(stored).union(_strings(function) if by_string else ())
 
 
 @_once_per_function

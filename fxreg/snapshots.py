@@ -6,13 +6,15 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from .enclosed import enclosed
+from .scanning import mentioned_names
 
 _INERT = (
     bool, int, float, complex, str, bytes, types.NoneType, type, types.ModuleType, types.BuiltinFunctionType,
@@ -199,3 +201,40 @@ def set_rng_state(state: tuple[Any, ...]) -> None:
     random.setstate(state[1])
     if len(state) > 2:
         sys.modules["numpy"].random.set_state(state[2])
+
+
+@contextmanager
+def borrowed(model: nn.Module, also: Iterable[nn.Module] = (), training: bool = True) -> Iterator[Callable[[], None]]:
+    """Run things on the model in a mode; yields a function that sets its state and all RNG back to the start, and
+    does so at the end, mode included."""
+    modes = [(module, module.training) for module in model.modules()]
+    snapshot = Snapshot([*model.modules(), *also], with_values=True)
+    host = rng_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    generators = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if devices else [])
+
+    def reset() -> None:
+        snapshot.restore()
+        set_rng_state(host)
+        torch.set_rng_state(generators[0])
+        if devices:
+            torch.cuda.set_rng_state_all(generators[1])
+        for module in model.modules():
+            module.training = training
+
+    try:
+        reset()
+        yield reset
+    finally:
+        reset()
+        for module, mode in modes:
+            module.training = mode
+
+
+def iterator_kept(model: nn.Module) -> tuple[str, str] | None:
+    """The path of a module that keeps an iterator, and the attribute: what was taken from it cannot be put back."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if hasattr(type(value), "__next__") and any(name in mentioned_names(one) for one in model.modules()):
+                return path, name
+    return None

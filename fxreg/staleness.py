@@ -23,12 +23,14 @@ class Remembered:
         kind: the qualified name of its class if its forward was traced, otherwise "".
         values: the attributes that were read, as they were.
         parameters: the names of its own parameters.
+        hooks: how many hooks of each kind it had.
     """
 
     path: tuple[str, ...]
     kind: str
     values: tuple[tuple[str, Any], ...]
     parameters: tuple[str, ...]
+    hooks: tuple[int, ...] = ()
 
 
 def remember(
@@ -48,6 +50,7 @@ def remember(
             _kind(modules[path]) if path in modules else "",
             tuple(found.items()),
             _own_parameters(modules.get(path, root if not path else None)),
+            _hooks(modules[path]) if path in modules else (),
         )
         for path, found in values.items()
     )
@@ -81,8 +84,8 @@ def _difference(module: nn.Module, then: Remembered) -> str | None:
             return f"is now a {type(module).__name__}"
         if "forward" in own:
             return "got a forward of its own instance"
-        if any(own.get(hooks) for hooks in HOOKS):
-            return "got hooks"
+        if _hooks(module) != then.hooks:
+            return "got or lost hooks"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
     for name, value in then.values:
@@ -94,6 +97,11 @@ def _difference(module: nn.Module, then: Remembered) -> str | None:
 
 def _own_parameters(module: nn.Module | None) -> tuple[str, ...]:
     return () if module is None else tuple(name for name, p in module._parameters.items() if p is not None)
+
+
+def _hooks(module: nn.Module) -> tuple[int, ...]:
+    own = vars(module)
+    return tuple([len(own.get(kind, ())) for kind in HOOKS])
 
 
 def _changed(path: tuple[str, ...], what: str) -> CaptureError:

@@ -20,38 +20,67 @@ _INERT = (
 )  # fmt: skip
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Any], Any], value: Any, leaves: tuple[type, ...] = (Tensor,)) -> Any:
     """The same structure with every tensor mapped, depth first; whatever holds tensors is rebuilt, never written to.
+
+    Args:
+        leaves: the types of what is mapped, if more than tensors.
 
     Raises:
         CaptureError: an object with tensors inside that cannot be rebuilt attribute by attribute.
     """
-    return _mapped(function, value, {})
+    return _Mapping(function, leaves).of(value)
 
 
-def _mapped(function: Callable[[Tensor], Tensor], value: Any, done: dict[int, Any]) -> Any:
-    if id(value) in done:
-        return done[id(value)]
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, _INERT):
-        return value
-    if not pytree.tree_is_leaf(value):
-        children, spec = pytree.tree_flatten(value, is_leaf=lambda child: child is not value)
-        return pytree.tree_unflatten([_mapped(function, child, done) for child in children], spec)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _map_dataclass(function, value, done)
-    if _holds_no_tensor(value):
-        return value
-    if _is_plain_object(value):
-        result = done[id(value)] = copy.copy(value)
-        vars(result).update({name: _mapped(function, old, done) for name, old in vars(value).items()})
+class Hole:
+    """Where a skeleton of a structure wants one of its parts."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+
+@dataclasses.dataclass
+class _Mapping:
+    """One pass over a structure. What was rebuilt is remembered, so that what was one object stays one."""
+
+    function: Callable[[Any], Any]
+    leaves: tuple[type, ...]
+    done: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def of(self, value: Any) -> Any:
+        if id(value) in self.done:
+            return self.done[id(value)]
+        if isinstance(value, self.leaves):
+            return self.function(value)
+        if isinstance(value, _INERT):
+            return value
+        if not pytree.tree_is_leaf(value):
+            children, spec = pytree.tree_flatten(value, is_leaf=lambda child: child is not value)
+            return pytree.tree_unflatten([self.of(child) for child in children], spec)
+        if is_record(value):
+            return self._record(value)
+        if _holds_none_of(self.leaves, value):
+            return value
+        if _is_plain_object(value):
+            result = self.done[id(value)] = copy.copy(value)
+            vars(result).update({name: self.of(old) for name, old in vars(value).items()})
+            return result
+        raise CaptureError(
+            f"the model's output holds a {type(value).__module__}.{type(value).__qualname__} with tensors inside, and "
+            "fxreg cannot tell how to rebuild it. Register it with torch.utils._pytree.register_pytree_node, or use "
+            "emit='output' or emit='loss'."
+        )
+
+    def _record(self, value: Any) -> Any:
+        result = self.done[id(value)] = copy.copy(value)
+        for name, old in fields_of(value):
+            new = self.of(old)
+            if new is not old and isinstance(value, dict):  # a mapping and a dataclass in one
+                if name in value:
+                    result[name] = new
+            elif new is not old:
+                object.__setattr__(result, name, new)
         return result
-    raise CaptureError(
-        f"the model's output holds a {type(value).__module__}.{type(value).__qualname__} with tensors inside, and "
-        "fxreg cannot tell how to rebuild it. Register it with torch.utils._pytree.register_pytree_node, or use "
-        "emit='output' or emit='loss'."
-    )
 
 
 def _is_plain_object(value: Any) -> bool:
@@ -64,6 +93,11 @@ def _is_plain_object(value: Any) -> bool:
 
 def _is_builtin(kind: type) -> bool:
     return issubclass(kind, list | tuple | dict | set | frozenset | types.FunctionType | BaseException)
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """A copy of an example, for a model that may write into it."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -92,30 +126,16 @@ def replace_field(value: Any, field: str, new: Any) -> Any:
     return result
 
 
-def _map_dataclass(function: Callable[[Tensor], Tensor], value: Any, done: dict[int, Any]) -> Any:
-    result = done[id(value)] = copy.copy(value)
-    for field in dataclasses.fields(value):
-        if hasattr(value, field.name):
-            old = getattr(value, field.name)
-            new = _mapped(function, old, done)
-            if new is not old and isinstance(value, dict):  # a mapping and a dataclass in one
-                if field.name in value:
-                    result[field.name] = new
-            elif new is not old:
-                object.__setattr__(result, field.name, new)
-    return result
-
-
-def _holds_no_tensor(value: Any, depth: int = 4) -> bool:
+def _holds_none_of(leaves: tuple[type, ...], value: Any, depth: int = 4) -> bool:
     """Whether no tensor is found among an unknown object's attributes and items, a few levels down."""
-    if isinstance(value, Tensor):
+    if isinstance(value, leaves):
         return False
     if isinstance(value, (*_INERT, type, torch.nn.Module, types.BuiltinFunctionType)):
         return True
     if depth == 0 or isinstance(value, types.GeneratorType):
         return False
     if isinstance(value, types.FunctionType):
-        return all(_holds_no_tensor(one, depth - 1) for one in (*enclosed(value), *defaults(value)))
+        return all(_holds_none_of(leaves, one, depth - 1) for one in (*enclosed(value), *defaults(value)))
     inside = list(getattr(value, "__dict__", {}).values())
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     inside += [getattr(value, name) for name in slots if isinstance(name, str) and hasattr(value, name)]
@@ -123,4 +143,32 @@ def _holds_no_tensor(value: Any, depth: int = 4) -> bool:
         inside += value.values()
     elif isinstance(value, list | tuple | set | frozenset):
         inside += value
-    return all(_holds_no_tensor(one, depth - 1) for one in inside)
+    return all(_holds_none_of(leaves, one, depth - 1) for one in inside)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is an instance of a dataclass: what its fields say is all of it."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def fields_of(value: Any) -> tuple[tuple[str, Any], ...]:
+    """The fields of a dataclass instance, with what is in them."""
+    present = (one.name for one in dataclasses.fields(value) if hasattr(value, one.name))
+    return tuple((name, getattr(value, name)) for name in present)
+
+
+def likeness(value: Any) -> Any:
+    """What kind of value something is, as plain data that code can say: the number of a tensor's dimensions, the parts
+    of a container, a plain value itself, the type of anything else."""
+    if isinstance(value, Tensor):
+        return value.dim()
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    kind = type(value).__qualname__
+    if isinstance(value, tuple | list):
+        return (kind, *map(likeness, value))
+    if is_record(value):
+        return (kind, *((name, likeness(one)) for name, one in fields_of(value)))
+    if isinstance(value, dict):
+        return (kind, *((name, likeness(one)) for name, one in value.items()))
+    return kind

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import immutable_collections
 from torch.nn.modules import module as module_globals
+from torch.overrides import TorchFunctionMode
 
 from .calls import expect_tensor
 from .interception import intercepted
-from .proxies import TracedValue, Untraceable
+from .proxies import TracedValue, Untraceable, holds_proxy
 from .scanning import asks_for_none, untraceable_reason
 from .side_channels import HOOKS, Ledger
 from .snapshots import Snapshot, rng_state, set_rng_state
@@ -29,7 +30,25 @@ _CONTAINERS = (
     tuple, list, dict, torch.Size, immutable_collections.immutable_list, immutable_collections.immutable_dict
 )  # fmt: skip
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _ACCEPT_NONE = {operator.eq, operator.ne, operator.is_, operator.is_not, operator.contains}
+
+
+class _NoTensorWork(TorchFunctionMode):
+    """Refuses torch calls without a proxy: their result would be frozen into the graph."""
+
+    def __init__(self, tracer: Any) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if holds_proxy(args) or holds_proxy(kwargs):
+            if torch.overrides.is_tensor_method_or_property(func):
+                return self._tracer.create_proxy("call_method", func.__name__, args, kwargs)
+            return self._tracer.create_proxy("call_function", func, args, kwargs)
+        name = getattr(func, "__name__", repr(func))
+        return self._tracer.give_up(f"calls {name} on what is known when it is traced, which would be frozen in")
 
 
 class SoundTracer(fx.Tracer):
@@ -123,12 +142,27 @@ class SoundTracer(fx.Tracer):
         result.node.meta["is_wrapped"] = True
         return result
 
+    def mode(self) -> TorchFunctionMode:
+        return _NoTensorWork(self)
+
+    def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
+        """What a forward gets that reads a parameter, buffer or child, or what a `__getattr__` of its own gives."""
+        if isinstance(value, Tensor):
+            path = self.path_of(module)
+            return self.create_proxy("get_attr", f"{path}.{name}" if path else name, (), {})
+        if not isinstance(value, nn.Module):
+            self.note_read(module, name, value)
+        return value
+
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
         """Remember that a forward read something that a graph holds as it was."""
         if hasattr(type(value), "__next__"):
             self.give_up(f"reads the iterator {type(module).__name__}.{name}")
         if module in self._paths and self._scope:
             self.ledger.read(self._scope[-1][0], self._paths[module], name, value)
+
+    def note_change(self, module: nn.Module, what: str) -> None:
+        self.give_up(what)
 
     def read_training(self, module: nn.Module) -> Any:
         owner = self.path_of(module) or self._root_alias.partition(".")[0]
@@ -153,12 +187,10 @@ class SoundTracer(fx.Tracer):
             self.give_up(changed)
         if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
             self.give_up(f"calls {path!r}, whose class overrides __call__")
-        if type(module).__module__.startswith(_LAYERS) and type(module) is not nn.Sequential:
+        if is_layer(module):
             self.ledger.runs_layer(path, module)
             return self._call(path, module, args, kwargs)  # torch's own layers: what people know the model by
         reason = self._forced.get(path) or whole_reason(module)
-        if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential | fx.GraphModule):
-            reason = f"is torch's {type(module).__name__}"
         if reason is None:
             before, results, asked = self._last(), dict(self._opaque_results), set(self._asked_type)
             inner, heard = dict(self.opaque), self.ledger.mark()
@@ -276,11 +308,19 @@ class SoundTracer(fx.Tracer):
                     self.side_effect = self._put_back() or self._suspicion
 
 
-def whole_reason(module: nn.Module) -> str | None:
-    """Why a module must be called as a whole before anything is tried, if it must."""
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own layers: what people know the model by, and nodes of their own."""
+    return type(module).__module__.startswith(_LAYERS) and type(module) is not nn.Sequential
+
+
+def whole_reason(module: nn.Module, runs: bool = False) -> str | None:
+    """Why a module must be called as a whole before anything is tried, if it must.
+
+    Its code is not asked where it `runs` for real.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         return "is a scripted module"
-    if any(getattr(module, hooks) for hooks in HOOKS):
+    if any(getattr(module, hooks) for hooks in (HOOKS if not runs else _BACKWARD_HOOKS)):
         return "has hooks"
     if "forward" in vars(module) or "__call__" in vars(module):
         return "has a forward of its own instance"
@@ -290,7 +330,9 @@ def whole_reason(module: nn.Module) -> str | None:
         return None
     if type(module).__call__ is not nn.Module.__call__:
         return "overrides __call__"
-    return untraceable_reason(module)
+    if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential | fx.GraphModule):
+        return f"is torch's {type(module).__name__}"
+    return None if runs else untraceable_reason(module)
 
 
 def _holds_mutable(values: Iterable[Any]) -> bool:

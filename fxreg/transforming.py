@@ -65,6 +65,8 @@ def transform(
     watch(gm)
     if example_inputs is not None:
         verify(gm, model, example_inputs)
+        if state_of(gm).otherwise is not None:
+            verify(state_of(gm).otherwise, model, example_inputs)
         mark_verified(state_of(gm))
     return gm
 
@@ -84,5 +86,6 @@ def strip(gm: nn.Module) -> torch.fx.GraphModule:
     True
     """
     state = state_of(gm)
-    captured = Captured(state.captured, state.provenance.opaque, state.remembered)
+    other = state.otherwise and Captured(state.captured_otherwise, {}, ())
+    captured = Captured(state.captured, state.provenance.opaque, state.remembered, state.assumed, other)
     return lower(state.model, captured, Plan(()), "backward")

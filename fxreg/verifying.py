@@ -5,8 +5,7 @@ original model plus the rules' formulas. None of the emitted operators is used o
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,8 @@ from .effects import Effect, Gradient, Penalty
 from .errors import VerifyError
 from .module import State, emitted, state_of
 from .planning import PullBack
-from .scanning import mentioned_names
-from .snapshots import Snapshot, rng_state, set_rng_state
-from .structure import map_tensors, tensors
+from .snapshots import borrowed, iterator_kept
+from .structure import fresh, map_tensors, tensors
 
 _GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2  # 16-bit: a few units in the last place of a sum
@@ -49,7 +47,11 @@ def verify(gm: nn.Module, model: nn.Module, example_inputs: Examples) -> None:
     >>> fxreg.verify(gm, model, (torch.randn(3, 4),))
     """
     args, kwargs = split_examples(example_inputs)
-    _refuse_iterators(model)
+    if kept := iterator_kept(model):
+        raise VerifyError(
+            f"{kept[0] or 'the model'} keeps an iterator in {kept[1]!r}, and running it would move it for good. Verify "
+            "without it, or leave out example_inputs."
+        )
     state = state_of(gm)
     inner = emitted(gm)
     if [n for n, _ in inner.named_parameters()] != [n for n, _ in model.named_parameters()]:
@@ -59,7 +61,7 @@ def verify(gm: nn.Module, model: nn.Module, example_inputs: Examples) -> None:
             raise VerifyError(f"parameter {name!r} of the emitted module is not the model's own tensor.")
     for training in (True, False):
         mode = "in train mode" if training else "in eval mode"
-        with _borrowed(model, gm, training) as reset:
+        with borrowed(model, [state], training) as reset:
             output = _call(model, args, kwargs)
             live = [k for k, tensor in enumerate(tensors(output)) if tensor.requires_grad]
             for trial in _trials(live):
@@ -104,12 +106,8 @@ class _Run:
 
 
 def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    args, kwargs = map_tensors(_fresh, (args, kwargs))
+    args, kwargs = map_tensors(fresh, (args, kwargs))
     return module(*args, **kwargs)
-
-
-def _fresh(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: Any) -> _Run:
@@ -285,42 +283,3 @@ def _kind(gradient: Tensor | None) -> str:
 
 def _tolerance(dtype: torch.dtype) -> float:
     return _GRADIENT_TOLERANCE.get(dtype, _COARSE_TOLERANCE)
-
-
-def _refuse_iterators(model: nn.Module) -> None:
-    """What has been taken from an iterator cannot be put back."""
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if hasattr(type(value), "__next__") and any(name in mentioned_names(one) for one in model.modules()):
-                raise VerifyError(
-                    f"{path or 'the model'} keeps an iterator in {name!r}, and running it would move it for good. "
-                    "Verify without it, or leave out example_inputs."
-                )
-
-
-@contextmanager
-def _borrowed(model: nn.Module, gm: nn.Module, training: bool) -> Iterator[Callable[[], None]]:
-    """Run things on the model in a mode; yields a function that sets its state and all RNG back to the start, and
-    does so at the end, mode included."""
-    modes = [(module, module.training) for module in model.modules()]
-    snapshot = Snapshot([*model.modules(), state_of(gm)], with_values=True)
-    host = rng_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    generators = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if devices else [])
-
-    def reset() -> None:
-        snapshot.restore()
-        set_rng_state(host)
-        torch.set_rng_state(generators[0])
-        if devices:
-            torch.cuda.set_rng_state_all(generators[1])
-        for module in model.modules():
-            module.training = training
-
-    try:
-        reset()
-        yield reset
-    finally:
-        reset()
-        for module, mode in modes:
-            module.training = mode

@@ -1,0 +1,83 @@
+"""What a recorded graph takes for granted, and the question whether it still holds.
+
+The question is asked before anything else is done, so that the answer "no" costs nothing: the emitted module then runs
+its other graph, which assumes nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._C import _are_functorch_transforms_active  # private: no public way to ask
+
+from .structure import likeness
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What held when a forward was recorded.
+
+    Attributes:
+        arguments: what each argument was like, by position.
+        modes: the paths of the modules whose `training` was read; all had the root's mode.
+        kinds: data types and devices, and autocast, if the forward asked for any.
+        questions: a graph from the arguments to what else was asked of them.
+        answers: what it gave.
+        asks_values: whether it computes with values, and not with sizes alone.
+        kept: objects that the graph refers to, by name.
+    """
+
+    arguments: tuple[Any, ...]
+    modes: tuple[str, ...]
+    kinds: tuple[Any, ...] | None
+    questions: fx.Graph
+    answers: tuple[Any, ...]
+    asks_values: bool
+    kept: Mapping[str, Any]
+
+    def holds(self, model: nn.Module, ask: Any, arguments: tuple[Any, ...]) -> bool:
+        """Whether it does, for a call of the model with these arguments.
+
+        Args:
+            ask: `questions` as a function.
+        """
+        if tuple(map(likeness, arguments)) != self.arguments:
+            return False
+        mode = model.training
+        for path in self.modes:
+            if model.get_submodule(path).training != mode:
+                return False
+        if self.kinds is not None and kinds_of(model, arguments) != self.kinds:
+            return False
+        if self.asks_values and (torch.compiler.is_compiling() or _are_functorch_transforms_active()):
+            return False
+        return not self.answers or tuple(ask(*arguments)) == self.answers
+
+
+def kinds_of(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The data types and devices of the arguments and of the first parameter, and whether autocast is on."""
+    first = next(model.parameters(), None)
+    tensors = [*(a for a in arguments if isinstance(a, Tensor)), *(() if first is None else (first,))]
+    return (torch._C._is_any_autocast_enabled(), *((t.dtype, t.device) for t in tensors))
+
+
+def joined(
+    one: tuple[fx.Graph, tuple[Any, ...]], other: tuple[fx.Graph, tuple[Any, ...]]
+) -> tuple[fx.Graph, tuple[Any, ...]]:
+    """Two sets of questions about the same arguments, with their answers, as one."""
+    graph, asked = fx.Graph(), list[Any]()
+    places: list[fx.Node] = []
+    for questions, _ in (one, other):
+        new: dict[fx.Node, fx.Node] = {}
+        for node in questions.nodes:
+            if node.op == "output":
+                asked += [new[each] for each in node.args[0]]
+            elif node.op == "placeholder" and questions is not one[0]:
+                new[node] = places[len(new)]
+            else:
+                new[node] = graph.node_copy(node, new.__getitem__)
+                places += [new[node]] if node.op == "placeholder" else []
+    graph.output(tuple(asked))
+    return graph, (*one[1], *other[1])
