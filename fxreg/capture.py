@@ -16,6 +16,7 @@ from .errors import CaptureError
 from .module import CHILD, RegularizedModule
 from .proxies import TracedValue, Untraceable
 from .staleness import Remembered, remember
+from .side_channels import has_hooks
 from .tracing import SoundTracer, whole_reason
 
 Examples: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
@@ -73,7 +74,7 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
     """
     arguments = read_arguments(model, example_inputs)
     captured = _symbolic(model, arguments)
-    if example_inputs is None or not captured.opaque:
+    if example_inputs is None or not captured.opaque or whole_reason(model, runs=True) or has_hooks(model):
         return captured
     recorded = deepen(
         model,
@@ -120,7 +121,7 @@ def _traced(model: nn.Module, arguments: tuple[Argument, ...]) -> Captured:
             if watches or tracer.side_effect is None:
                 raise
         if tracer.side_effect is None:
-            misled = tracer.ledger.misled()
+            misled = tracer.ledger.misled(tracer.state)
             if not misled:
                 remembered = remember(model, tracer.ledger.modules, tracer.ledger.reads.items())
                 return Captured(graph, tracer.opaque, remembered)

@@ -83,15 +83,14 @@ class _Session:
         self._agree(first, self._run(training=True), numbers=True)
         graph, questions, answers, asks_values = first.graph, first.questions, first.answers, first.asks_values
         modes, reads, modules = dict(first.asked.modes), dict(first.ledger.reads), dict(first.ledger.modules)
-        if modes:
-            other = self._run(training=False)
-            self._agree(first, other, numbers=False)
-            graph = merged(graph, other.graph, CHILD)
-            questions, answers = joined((questions, answers), (other.questions, other.answers))
-            asks_values |= other.asks_values
-            modes |= other.asked.modes
-            reads |= other.ledger.reads
-            modules |= other.ledger.modules
+        other = self._run(training=False)
+        self._agree(first, other, numbers=False)
+        graph = merged(graph, other.graph, CHILD)
+        questions, answers = joined((questions, answers), (other.questions, other.answers))
+        asks_values |= other.asks_values
+        modes |= other.asked.modes
+        reads |= other.ledger.reads
+        modules |= other.ledger.modules
         values = tuple(self.arguments.values())
         kinds = kinds_of(self.model, values) if first.asked.kinds else None
         assumed = Assumed(
@@ -114,7 +113,7 @@ class _Session:
                 reset()
                 self.watches = True
                 recorder, _ = self._record()
-        if misled := recorder.ledger.misled():
+        if misled := recorder.ledger.misled(recorder.state):
             raise _Again(misled)
         return recorder
 

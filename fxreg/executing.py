@@ -1,34 +1,48 @@
-"""Watching which instructions a forward executes, for what leaves no other trace."""
+"""Watching what a forward executes, for what leaves no other trace: instructions, calls of C functions, handlers."""
 
 import dis
 import functools
 import sys
+import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .scanning import _context_name
+import torch
 
-_QUESTIONS = {
-    "is_grad_enabled": "reads the grad mode",
-    "is_inference_mode_enabled": "reads the inference mode",
-    "is_autocast_enabled": "reads autocast",
-    "is_any_autocast_enabled": "reads autocast",
+from .scanning import context_name, is_library
+
+_INSTRUCTIONS = {
+    "STORE_GLOBAL": "writes the global variable",
+    "DELETE_GLOBAL": "deletes the global variable",
+}
+_MENTIONS = {
     "manual_seed": "seeds a random generator",
     "fork_rng": "forks a random generator",
     "Thread": "starts a thread",
     "ThreadPoolExecutor": "starts a thread",
 }
+_QUESTIONS = {
+    torch.is_grad_enabled: "reads the grad mode",
+    torch.is_inference_mode_enabled: "reads the inference mode",
+    torch.is_autocast_enabled: "reads autocast",
+    torch._C._is_any_autocast_enabled: "reads autocast",
+    torch.get_autocast_dtype: "reads autocast",
+    torch.get_default_dtype: "reads the default dtype",
+    torch.are_deterministic_algorithms_enabled: "reads a global mode",
+    time.time: "reads the clock",
+    time.perf_counter: "reads the clock",
+    time.monotonic: "reads the clock",
+}
 
 
 @contextmanager
 def watched(recorder: Any) -> Iterator[None]:
-    """Tell the recorder of every instruction of the user's code that a graph cannot hold, before it runs."""
+    """Tell the recorder of everything the user's code executes that a graph cannot hold, before it happens."""
 
     def enter(frame: types.FrameType, event: str, argument: Any) -> Any:
-        name = str(frame.f_globals.get("__name__", ""))
-        if not recorder.thread or (top := name.partition(".")[0]) in _LIBRARIES_ or top in sys.stdlib_module_names:
+        if not recorder.thread or _is_foreign(frame.f_globals.get("__name__", "")):
             return None
         frame.f_trace_lines = False
         frame.f_trace_opcodes = bool(_flagged(frame.f_code))
@@ -43,15 +57,47 @@ def watched(recorder: Any) -> Iterator[None]:
             recorder.give_up(f"{frame.f_code.co_qualname} meets a {argument[0].__name__}")
         return step
 
-    before = sys.gettrace()
+    def call(frame: types.FrameType, event: str, argument: Any) -> None:
+        if event == "c_call" and recorder.thread and not _is_foreign(frame.f_globals.get("__name__", "")):
+            reason = _asked(argument)
+            if reason is not None:
+                recorder.give_up(f"{frame.f_code.co_qualname} {reason}")
+
+    before = sys.gettrace(), sys.getprofile()
     sys.settrace(enter)
+    sys.setprofile(call)
     try:
         yield
     finally:
-        sys.settrace(before)
+        sys.settrace(before[0])
+        sys.setprofile(before[1])
 
 
-from .scanning import _LIBRARIES as _LIBRARIES_
+def inside_handler() -> str | None:
+    """The name of a function of the user's, among the running ones, that would catch an error now; if any would."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        ranges = _catching(frame.f_code)
+        if ranges and any(start <= frame.f_lasti < end for start, end in ranges):
+            name = frame.f_globals.get("__name__", "")
+            if not _is_foreign(name):
+                return frame.f_code.co_qualname
+        if frame.f_code.co_name == "record" and frame.f_globals.get("__name__") == "fxreg.recording":
+            return None
+        frame = frame.f_back
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_foreign(module: str) -> bool:
+    return is_library(module) or module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _asked(function: Any) -> str | None:
+    try:
+        return _QUESTIONS.get(function)
+    except TypeError:  # a method of something without a hash
+        return None
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -66,12 +112,28 @@ def _flagged(code: types.CodeType) -> dict[int, str]:
     instructions = [*dis.get_instructions(code)]
     for position, instruction in enumerate(instructions):
         name, argument = instruction.opname, instruction.argval
-        if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and argument in _QUESTIONS:
-            found[instruction.offset] = _QUESTIONS[argument]
-        elif name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            found[instruction.offset] = f"writes the global variable {argument!r}"
+        if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and argument in _MENTIONS:
+            found[instruction.offset] = _MENTIONS[argument]
+        elif name in _INSTRUCTIONS:
+            found[instruction.offset] = f"{_INSTRUCTIONS[name]} {argument!r}"
         elif name == "STORE_DEREF" and argument in code.co_freevars:
             found[instruction.offset] = f"writes the variable {argument!r} of an enclosing function"
         elif name in ("BEFORE_WITH", "BEFORE_ASYNC_WITH"):
-            found[instruction.offset] = f"enters {_context_name(instructions[:position])}"
+            found[instruction.offset] = f"enters {context_name(instructions[:position])}"
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _catching(code: types.CodeType) -> tuple[tuple[int, int], ...]:
+    """The offsets from which an error goes to an `except`; a `finally` passes it on."""
+    if not code.co_exceptiontable:
+        return ()
+    instructions = {one.offset: one.opname for one in dis.get_instructions(code)}
+    found = []
+    for entry in dis._parse_exception_table(code):  # type: ignore[attr-defined]
+        handler = [name for offset, name in instructions.items() if offset >= entry.target]
+        if handler[:1] == ["PUSH_EXC_INFO"]:
+            ends = next((i for i, name in enumerate(handler) if name in ("RERAISE", "POP_EXCEPT")), None)
+            if ends is not None and handler[ends] == "POP_EXCEPT":
+                found.append((entry.start, entry.end))
+    return tuple(found)

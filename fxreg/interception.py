@@ -63,7 +63,12 @@ def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
         return value
 
     def read(module: nn.Module, name: str) -> Any:
-        value = module_getattr(module, name)
+        try:
+            value = module_getattr(module, name)
+        except AttributeError:
+            if _ours(tracer):
+                tracer.note_read(module, name, ...)  # there is no such attribute: there may be one later
+            raise
         return tracer.attribute(module, name, value) if _ours(tracer) else value
 
     def write(module: nn.Module, name: str, value: Any) -> None:

@@ -5,6 +5,7 @@ things, no graph holds both: the modules that do them are named, and must stay w
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -38,7 +39,7 @@ def differing(one: fx.Graph, other: fx.Graph, numbers: bool) -> set[str]:
     for node, twin in zip(one.nodes, other.nodes, strict=True):
         try:
             if node.op == twin.op == "placeholder" or node.target == twin.target:
-                _zipped(compare, (node.args, node.kwargs), (twin.args, twin.kwargs))
+                _zipped(compare, _arguments(node), _arguments(twin))
                 continue
         except _OtherShape:
             pass
@@ -58,6 +59,8 @@ def merged(training: fx.Graph, evaluation: fx.Graph, child: str) -> fx.Graph:
     def choose(value: Any, other: Any) -> Any:
         if isinstance(value, fx.Node):
             return new[value]
+        if isinstance(value, _Likeness):
+            value, other = value.kind, other.kind
         if _equal(value, other):
             return value
         if not modes:
@@ -70,7 +73,7 @@ def merged(training: fx.Graph, evaluation: fx.Graph, child: str) -> fx.Graph:
 
     for node, twin in zip(training.nodes, evaluation.nodes, strict=True):
         stack = node.meta.get("nn_module_stack", {})
-        args, kwargs = _zipped(choose, (node.args, node.kwargs), (twin.args, twin.kwargs))
+        args, kwargs = _zipped(choose, _arguments(node), _arguments(twin))
         new[node] = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
         new[node].meta.update(node.meta)
     return graph
@@ -90,6 +93,20 @@ def _operations(graph: fx.Graph) -> dict[str, list[Any]]:
     for node in graph.nodes:
         found.setdefault(path_of(node), []).append((node.op, node.target))
     return found
+
+
+@dataclass(frozen=True)
+class _Likeness:
+    """What an opaque module returned: other in the two modes, if that is how it is, but one thing."""
+
+    kind: Any
+
+
+def _arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if node.target is calls.expect_like:
+        value, kind, what = node.args
+        return (value, _Likeness(kind), what), {}
+    return node.args, node.kwargs
 
 
 def _zipped(combine: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:

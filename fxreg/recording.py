@@ -23,14 +23,14 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from . import calls
-from .executing import watched
+from .executing import inside_handler, watched
 from .interception import intercepted
 from .proxies import Untraceable
 from .shapes import RANK, source
 from .side_channels import Ledger
-from .sizes import SYMBOLIC, SizeNode, concrete, symbolic
+from .sizes import SYMBOLIC, SizeNode, concrete, symbolic, veiled
 from .snapshots import Snapshot, rng_state
-from .structure import Hole, fields_of, is_record, likeness, map_tensors
+from .structure import Hole, fields_of, is_record, likeness, map_tensors, replace_field
 from .tracing import _ambient_state, _tensor_paths, described, is_layer, whole_reason
 
 _CONSTANTS = (
@@ -157,6 +157,8 @@ class Recorder:
         self._head: fx.Node | None = None
         self._also, self._watches = also, watches
         self._before = self._state()
+        self.state = self._before[0]
+        self._open: set[fx.Node] = set()
         self._computed: dict[fx.Node, SizeNode] = {}
         self._suspicious = False
         self._decisions: list[tuple[fx.Node, bool]] = []
@@ -234,6 +236,8 @@ class Recorder:
             self.give_up("runs part of itself in another grad, autocast or inference mode")
         elif path == "":
             self.give_up("calls itself")
+        elif self._recording and (catcher := inside_handler()):
+            self.give_up(f"{catcher} catches exceptions")
         elif type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
             self.give_up(f"calls {path!r}, whose class overrides __call__")
         elif path is None and (reason := whole_reason(module, runs=True)) and not is_layer(module):
@@ -305,7 +309,7 @@ class Recorder:
         if frame.reason is not None:
             self._recording = True
             self._roll_back(frame)
-            if self._watches:
+            if self._watches and not (is_layer(frame.module) and frame.module._modules):
                 self._before = self._state()
 
     def _whole(self, frame: _Frame, result: Any) -> Any:
@@ -344,6 +348,9 @@ class Recorder:
         first = args[0] if args else None
         if isinstance(first, Tensor) and name in ("shape", "size", "numel", "nelement", "__len__"):
             return self._sizes(name, first, *args[1:], **kwargs)
+        if catcher := inside_handler():
+            self.give_up(f"{catcher} catches exceptions")
+            return function(*concrete(args), **concrete(kwargs))
         if name in _REFUSED or (getattr(function, "__module__", None) or "").startswith("torch.autograd"):
             self.give_up(f"calls {name} in its forward")
             return function(*concrete(args), **concrete(kwargs))
@@ -370,6 +377,7 @@ class Recorder:
             if isinstance(result, Tensor):
                 return self._learn(result, _Origin(node)) if in_place else self._bound(result, _Origin(node))
             if type(result) in (tuple, list):
+                self._count(name, made, result, node)
                 node = self._call(calls.unpack, node, len(result))
             return self._bound(result, _Origin(node))
         except _Unrecordable as failure:
@@ -384,6 +392,17 @@ class Recorder:
         if name == "__bool__":
             return self._node("call_function", bool, (made[0][0],), {})
         return self._node(*_as_node(function, name, *made))
+
+    def _count(self, name: str, made: list[Any], result: Any, node: fx.Node) -> None:
+        """How many parts there are is taken for granted. Where they are as many as a size says, that can be asked
+        before anything is done."""
+        args, kwargs = made
+        if name == "unbind" and RANK in args[0].meta:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            dim = dim % args[0].meta[RANK]
+            size = self._size(_Origin(args[0]), dim, len(result))
+            if type(size) in SYMBOLIC:
+                self.assume(size.node)
 
     def _kind_asked(self, name: str, answer: Any) -> Any:
         """A data type or a device is assumed to stay as it is; where it costs no depth, the module stays whole."""
@@ -418,9 +437,10 @@ class Recorder:
             found = source(origin.node, dim)
             if isinstance(found, int):
                 return found
-            if isinstance(found, fx.Node):
-                return symbolic(self._computed[found]) if found in self._computed else found
-            origin, dim = _Origin(found[0]), found[1]
+            if isinstance(found, tuple):
+                origin, dim = _Origin(found[0]), found[1]
+            elif found in self._computed:
+                return symbolic(self._computed[found])
         return symbolic(SizeNode(self, value, torch.Tensor.size, (origin, dim)))
 
     # What sizes ask.
@@ -461,7 +481,7 @@ class Recorder:
         graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
         needed = {node for one, _, _ in asked for node in _cone(one)}
         for node in self.graph.nodes:
-            if node.op == "placeholder" or node in needed:
+            if node in self._open or node in needed:
                 new[node] = graph.node_copy(node, new.__getitem__)
         graph.output(tuple(new[node] for node, _, _ in asked))
         for _, _, check in asked:
@@ -480,6 +500,7 @@ class Recorder:
 
     def learn(self, value: Any, node: fx.Node) -> Any:
         """An argument of the root, and its placeholder; returns what to call the root with."""
+        self._open.add(node)
         return self._bound(value, _Origin(node), scalars=True)
 
     def _learn(self, value: Any, origin: _Origin) -> Any:
@@ -508,11 +529,11 @@ class Recorder:
             return {key: self._bound(one, origin.at("item", key), scalars) for key, one in value.items()}
         if is_record(value):
             for key, one in fields_of(value):
-                if self._bound(one, origin.at("attribute", key), scalars) is not one:
-                    raise _Unrecordable(f"returns a {kind.__name__} with one of its arguments inside")
+                if (part := self._bound(one, origin.at("attribute", key), scalars)) is not one:
+                    value = replace_field(value, key, part)
             return value
-        if scalars:
-            return value if isinstance(value, _CONSTANTS) else self._learn(value, origin)
+        if scalars or not isinstance(value, _CONSTANTS):
+            return value if isinstance(value, _CONSTANTS) else self._learn(veiled(value, self.give_up), origin)
         raise _Unrecordable(f"takes a {kind.__name__} from what {origin.node.name!r} returns")
 
     def _argument(self, value: Any) -> Any:

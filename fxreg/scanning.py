@@ -102,6 +102,13 @@ def written_names(functions: Iterable[types.FunctionType]) -> frozenset[str]:
     return frozenset().union(*map(_writes, functions))
 
 
+def global_names(modules: Iterable[nn.Module]) -> set[str]:
+    """The global variables that the modules' code writes."""
+    codes = (code for module in modules for f in functions_of(module) for code in _codes(f.__code__))
+    instructions = (one for code in codes for one in dis.get_instructions(code))
+    return {str(one.argval) for one in instructions if one.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
+
+
 def changes_containers(functions: Iterable[types.FunctionType]) -> bool:
     """Whether these functions may change what a container holds."""
     return any(map(_may_change_containers, functions))
@@ -169,8 +176,13 @@ def _as_function(value: Any) -> types.FunctionType | None:
     return value if type(value) is types.FunctionType else None
 
 
+def is_library(module: str | None) -> bool:
+    """Whether a module's name is that of a well-known library's."""
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
 def _is_library(definition: Any) -> bool:
-    return (definition.__module__ or "").partition(".")[0] in _LIBRARIES
+    return is_library(definition.__module__)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -260,7 +272,7 @@ def _code_reason(code: types.CodeType, function: types.FunctionType) -> str | No
             case "IS_OP":
                 return _OPCODES[name]
             case "BEFORE_WITH" | "BEFORE_ASYNC_WITH":
-                return f"{_OPCODES[name]} {_context_name(instructions[:position])}"
+                return f"{_OPCODES[name]} {context_name(instructions[:position])}"
             case "STORE_ATTR" | "DELETE_ATTR" if _is_on_self(instructions[:position], argument):
                 continue  # the tracer notices by itself, and only if it happens
         return f"{_OPCODES[name]} {argument!r}"
@@ -273,7 +285,7 @@ def _asks_under_another_name(value: Any) -> str | None:
     return _ASKS.get(value.__name__) if library else None
 
 
-def _context_name(before: list[dis.Instruction]) -> str:
+def context_name(before: list[dis.Instruction]) -> str:
     """The dotted name in front of a `with` statement's call, which begins where the call does."""
     start = before[-1].positions
     chain = [

@@ -22,7 +22,7 @@ _UNARY = {
     "to", "float", "contiguous", "clone", "detach", "dropout", "gelu", "relu", "silu", "tanh", "sigmoid", "softmax",
     "neg", "exp", "rsqrt", "sqrt", "layer_norm", "rms_norm", "type_as", "abs", "log", "half", "bfloat16", "double",
 }  # fmt: skip
-_BINARY = {"add", "sub", "mul", "div", "truediv", "pow", "rsub", "add_", "mul_"}
+_BINARY = {"add", "sub", "mul", "div", "truediv", "pow", "rsub"}
 
 
 def source(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], Size] | None = None) -> Size:
@@ -44,8 +44,12 @@ def _source(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], Size]) -> 
         alike = kind in _ALIKE or (kind in _ALIKE_BUT_LAST and dim < rank - 1)
         return source(first, dim, known) if alike else (node, dim)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name in _UNARY:
+    if name in _UNARY or (name.endswith("_") and not name.endswith("__")):
         return source(first, dim, known)
+    if name == "embedding":
+        return source(first, dim, known) if dim < rank - 1 else (node, dim)
+    if name in ("new_zeros", "new_ones", "new_empty"):
+        return _said((node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:])[dim], node, dim, known)
     if name in _BINARY:
         return _of_two(node, dim, rank, known)
     if name in ("view", "reshape"):

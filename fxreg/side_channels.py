@@ -9,10 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from .scanning import changes_containers, functions_behind, functions_of, mentioned_names, written_names
+from .scanning import changes_containers, functions_behind, functions_of, global_names, mentioned_names, written_names
 from .snapshots import Snapshot
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the user hooked anything onto a module."""
+    return any(getattr(module, kind) for kind in HOOKS)
 
 
 class Ledger:
@@ -54,8 +59,12 @@ class Ledger:
             while len(record) > length:
                 record.popitem()
 
-    def misled(self) -> dict[str, str]:
-        """The paths of the traced modules that read what modules that run as they are may write, with the reason."""
+    def misled(self, state: Snapshot) -> dict[str, str]:
+        """The paths of the traced modules that read what modules that run as they are may write, with the reason.
+
+        Args:
+            state: all that could be read: a name that is nobody's attribute, and was not asked for, is a local one.
+        """
         names: dict[str, str] = {}
         changing: list[nn.Module] = []
         hooks: list[Any] = []
@@ -68,15 +77,23 @@ class Ledger:
                 hooks += own
         owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), nn.Module)]
         shared = Snapshot([*changing, *owners], also=hooks)
+        kept = state.keys() | {name for _, _, name in self.reads} | class_attributes(self.modules.values())
+        kept |= global_names([*self._running.values()])
         found = {}
         for path, module in self.modules.items():
-            if common := sorted(mentioned_names(module) & names.keys()):
+            if common := sorted(mentioned_names(module) & names.keys() & kept):
                 found[path] = f"mentions {common[0]!r}, which {names[common[0]]!r} may write when it runs"
         for (reader, path, name), value in self.reads.items():
             if shared.holds(value):
                 where = ".".join(filter(None, (path, name)))
                 found.setdefault(reader, f"reads {where!r}, which may change when the model runs")
         return found
+
+
+def class_attributes(modules: Iterable[nn.Module]) -> set[str]:
+    """What the modules' own classes define: an attribute of an instance may hide it later."""
+    bases = {base for kind in {type(module) for module in modules} for base in kind.__mro__}
+    return {name for base in bases if not base.__module__.startswith("torch.") for name in vars(base)}
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

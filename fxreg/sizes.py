@@ -125,6 +125,37 @@ class SizeNode:
     _graph_repr = str
 
 
+class _Veil:
+    """A stand-in for an object that nobody may look into while a forward is recorded: it can only be passed on."""
+
+    def __init__(self, value: Any, refuse: Callable[[str], None]) -> None:
+        object.__setattr__(self, "_veiled", (value, refuse))
+
+    def __getattribute__(self, name: str) -> Any:
+        value, refuse = object.__getattribute__(self, "_veiled")
+        if name != "__class__":
+            refuse(f"looks into a {type(value).__name__}")
+        return getattr(value, name)
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        value, refuse = object.__getattribute__(self, "_veiled")
+        refuse(f"changes a {type(value).__name__}")
+        setattr(value, name, new)
+
+
+def _looking(name: str) -> Callable[..., Any]:
+    return lambda veil, *args: _Veil.__getattribute__(veil, name).__call__(*args)
+
+
+for _name in ("len", "getitem", "setitem", "delitem", "iter", "next", "contains", "bool", "eq", "call", "hash", "repr"):
+    setattr(_Veil, f"__{_name}__", _looking(f"__{_name}__"))
+
+
+def veiled(value: Any, refuse: Callable[[str], None]) -> Any:
+    """An object that can only be passed on; whatever else is done with it is refused first, and then done."""
+    return _Veil(value, refuse)
+
+
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -135,10 +166,12 @@ def symbolic(size: SizeNode) -> Any:
 
 
 def concrete(value: Any) -> Any:
-    """The same arguments with plain numbers for symbolic ones."""
+    """The same arguments with plain numbers for symbolic ones, and unveiled."""
     kind = type(value)
     if kind in SYMBOLIC:
         return value.node.value
+    if kind is _Veil:
+        return object.__getattribute__(value, "_veiled")[0]
     if kind is torch.Size:
         return torch.Size([concrete(one) for one in value])
     if kind in (tuple, list):

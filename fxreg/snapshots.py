@@ -37,10 +37,12 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module], with_values: bool = False, also: Iterable[Any] = ()) -> None:
         self._held: dict[int, tuple[_Trail, Any, Any]] = {}
+        self._names: list[dict[str, Any]] = []
         self._passed = _LEAVES if with_values else _LEAVES | _TENSORS
         waiting: list[tuple[_Trail, Any]] = [((), value) for value in also]
         for module in modules:
             waiting += self._hold((type(module).__name__,), vars(module))
+            self._names += (vars(module), module._modules, module._parameters, module._buffers)
         seen: set[int] = set()
         while waiting:
             trail, value = waiting.pop()
@@ -58,11 +60,17 @@ class Snapshot:
             self._held[id(value)] = (trail, value, before)
         if isinstance(value, dict):
             return [((trail, key), one) for key, one in value.items() if type(one) not in self._passed]
-        return [(trail, one) for one in _inside(value) if type(one) not in self._passed]
+        inside = [*_inside(value)]
+        self._names += [one for one in inside if one is getattr(value, "__dict__", None)]
+        return [(trail, one) for one in inside if type(one) not in self._passed]
 
     def holds(self, value: Any) -> bool:
         """Whether a value is among what is remembered."""
         return id(value) in self._held
+
+    def keys(self) -> set[str]:
+        """The name of every attribute of what is remembered."""
+        return {name for one in self._names for name in self._held.get(id(one), (0, 0, ()))[2]}
 
     def changed(self, within: "Snapshot | None" = None) -> str | None:
         """Where something is no longer as it was, if anywhere; only in what another snapshot also remembers."""

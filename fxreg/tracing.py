@@ -219,7 +219,7 @@ class SoundTracer(fx.Tracer):
 
     def _suspect(self, module: nn.Module) -> None:
         """A module that runs as it is may see what the forward around it has changed, and changes back later."""
-        self._suspicion = self._suspicion or self._snapshot.changed(Snapshot(module.modules()))
+        self._suspicion = self._suspicion or self.state.changed(Snapshot(module.modules()))
 
     def _call(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         result = self.create_proxy("call_module", path, args, kwargs)
@@ -250,7 +250,7 @@ class SoundTracer(fx.Tracer):
 
     def _side_effect(self) -> str | None:
         """What running a forward has done so far beside its values."""
-        if changed := self._snapshot.changed():
+        if changed := self.state.changed():
             return f"changes {changed}"
         return "draws random numbers that a graph would freeze" if rng_state() != self._rng else None
 
@@ -258,7 +258,7 @@ class SoundTracer(fx.Tracer):
         """Undo what running a forward did beside its values, and say what it was."""
         what = self._side_effect()
         if what:
-            self._snapshot.restore()
+            self.state.restore()
             set_rng_state(self._rng)
         return what
 
@@ -296,7 +296,7 @@ class SoundTracer(fx.Tracer):
 
     def trace_root(self, run: Callable[[], Any]) -> Any:
         """Run the root's forward under all patches and return what it returned; raises if it cannot be traced."""
-        self._snapshot, self._rng = Snapshot(self._paths), rng_state()
+        self.state, self._rng = Snapshot(self._paths), rng_state()
         with intercepted(self):
             self._ambient = _ambient_state()
             try:
