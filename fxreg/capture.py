@@ -15,8 +15,8 @@ from .deepening import deepen
 from .errors import CaptureError
 from .module import CHILD, RegularizedModule
 from .proxies import TracedValue, Untraceable
-from .staleness import Remembered, remember
 from .side_channels import has_hooks
+from .staleness import Remembered, remember
 from .tracing import SoundTracer, whole_reason
 
 Examples: TypeAlias = tuple[Any, ...] | Mapping[str, Any]

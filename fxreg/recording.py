@@ -31,7 +31,7 @@ from .side_channels import Ledger
 from .sizes import SYMBOLIC, SizeNode, concrete, symbolic, veiled
 from .snapshots import Snapshot, rng_state
 from .structure import Hole, fields_of, is_record, likeness, map_tensors, replace_field
-from .tracing import _ambient_state, _tensor_paths, described, is_layer, whole_reason
+from .tracing import _ambient_state, _tensor_paths, described, is_layer, is_plain_layer, whole_reason
 
 _CONSTANTS = (
     bool, int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
@@ -252,7 +252,8 @@ class Recorder:
             if reason is None:
                 hooked = module._forward_hooks or module._forward_pre_hooks
                 return self._inlined(path, module, functools.partial(_CALL, module) if hooked else run, args, kwargs)
-        self._check_state()
+        if not is_plain_layer(module):
+            self._check_state()
         if not self._recording:
             return nn.Module.__call__(module, *concrete(args), **concrete(kwargs))
         frame = self._enter(path, module, args, kwargs)
@@ -309,7 +310,7 @@ class Recorder:
         if frame.reason is not None:
             self._recording = True
             self._roll_back(frame)
-            if self._watches and not (is_layer(frame.module) and frame.module._modules):
+            if self._watches and not is_plain_layer(frame.module):
                 self._before = self._state()
 
     def _whole(self, frame: _Frame, result: Any) -> Any:

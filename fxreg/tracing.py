@@ -22,7 +22,7 @@ from .calls import expect_tensor
 from .interception import intercepted
 from .proxies import TracedValue, Untraceable, holds_proxy
 from .scanning import asks_for_none, untraceable_reason
-from .side_channels import HOOKS, Ledger
+from .side_channels import HOOKS, Ledger, has_hooks
 from .snapshots import Snapshot, rng_state, set_rng_state
 
 _LAYERS = ("torch.nn.modules.", "torch.nn.utils.parametrize", "torch.ao.nn.")
@@ -311,6 +311,11 @@ class SoundTracer(fx.Tracer):
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is one of torch's own layers: what people know the model by, and nodes of their own."""
     return type(module).__module__.startswith(_LAYERS) and type(module) is not nn.Sequential
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch's in which nothing of the user's runs."""
+    return is_layer(module) and not module._modules and not has_hooks(module)
 
 
 def whole_reason(module: nn.Module, runs: bool = False) -> str | None:
