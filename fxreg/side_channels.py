@@ -40,7 +40,8 @@ class Ledger:
 
     def runs_layer(self, path: str, module: nn.Module) -> None:
         """A layer of torch's own will run as it is: it matters if something of the user's runs in it."""
-        if module._modules or any(getattr(module, hooks) for hooks in HOOKS):
+        own = vars(module)
+        if own["_modules"] or any(own[hooks] for hooks in HOOKS):
             self.runs(path, module)
 
     def mark(self) -> tuple[int, ...]:
@@ -51,8 +52,7 @@ class Ledger:
         """Drop what was noted since a mark."""
         records: tuple[dict[Any, Any], ...] = (self.modules, self.reads, self._running)
         for record, length in zip(records, mark, strict=True):
-            while len(record) > length:
-                record.popitem()
+            shorten(record, length)
 
     def misled(self) -> dict[str, str]:
         """The paths of the traced modules that read what modules that run as they are may write, with the reason."""
@@ -77,6 +77,12 @@ class Ledger:
                 where = ".".join(filter(None, (path, name)))
                 found.setdefault(reader, f"reads {where!r}, which may change when the model runs")
         return found
+
+
+def shorten(record: dict[Any, Any], length: int) -> None:
+    """Drop what was entered last until so many entries are left."""
+    while len(record) > length:
+        record.popitem()
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
