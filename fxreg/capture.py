@@ -1,6 +1,5 @@
 """capture: a module → its graph, as deep as it can be faithful. Mutates nothing."""
 
-import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -215,7 +214,7 @@ def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...]) -> fx.Graph:
         if argument.is_open and (argument.name in _undecided(arguments) or tracer.must_assert(nodes[argument.name])):
             tracer.expect(nodes[argument.name], f"argument {argument.name!r}")
     tracer.graph.output(result)
-    return copy.deepcopy(tracer.graph)  # with names as if what was rolled back had never been
+    return tracer.graph
 
 
 def _call(model: nn.Module, arguments: tuple[Argument, ...], values: dict[str, Any]) -> Any:

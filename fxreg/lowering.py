@@ -64,8 +64,8 @@ class _Lowering:
         self._pull_gradients()
         self._add_penalties()
         for node in self.graph.nodes:
-            if node.op in ("get_attr", "call_module"):
-                node.target = located(node.target)
+            if node.op in ("get_attr", "call_module") and (place := located(node.target)) != node.target:
+                node.target = place
         self.graph.lint()
         return RegularizedModule(self.model, self.state, self.graph)
 

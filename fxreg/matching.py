@@ -1,7 +1,8 @@
 """match: (module, rules) → the sites each rule acts on. Reads the module, changes nothing, captures nothing."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .effects import Effect, strength_name
 from .errors import MatchError, RuleError
-from .rules import Layer, Rule, matches
+from .rules import Rule, is_literal, matcher
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
         MatchError: a rule that matches nothing, a duplicate, two rules of one label, a penalty on a frozen site.
     """
     sites = tuple(find_sites(model))
-    classes = {base for module in model.modules() for base in type(module).__mro__}
+    owned = _by_owner(sites)
+    kinds = set(map(type, model.modules()))
+    classes = {base for kind in kinds for base in kind.__mro__}
+    problems: dict[tuple[object, ...], str | None] = {}
     labels = _labels(rules)
     found = []
     for label, rule in zip(labels, rules, strict=True):
@@ -81,10 +85,10 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
                     f"rule {label!r}: layer={layer!r} names a class that is neither in torch.nn nor in the model"
                     f"{_nearest(near)}. Mend layer=."
                 )
-        chosen = tuple(site for site in sites if _selects(rule, label, site))
+        chosen = tuple(_selected(rule, label, sites, owned, kinds))
         if not chosen and not rule.optional:
             raise MatchError(_matched_nothing(label, rule, model, sites))
-        _check_takes(label, rule.effect, chosen)
+        _check_takes(label, rule.effect, chosen, problems)
         found.append(Match(label, rule, chosen))
     _check_conflicts(found)
     return tuple(found)
@@ -128,28 +132,46 @@ def _owner(model: nn.Module, path: str, module: nn.Module, key: str) -> Owner:
     return Owner(path, key, module)
 
 
-def _selects(rule: Rule, label: str, site: Site) -> bool:
-    if not any(
-        (rule.layer is None or any(_is_instance(owner.layer, layer) for layer in rule.layers))
-        and (rule.name is None or matches(rule.name, owner.path))
-        and any(matches(rule.param, key) for key in {owner.key, owner.key.rpartition(".")[2]})
-        for owner in site.owners
-    ):
-        return False
-    if any(matches(pattern, name) for pattern in rule.excludes for name in site.names):
-        return False
-    if rule.where is None:
-        return True
-    try:
-        return bool(rule.where(site))
-    except Exception as error:
-        raise RuleError(f"rule {label!r}: where= failed at {site.name!r}: {type(error).__name__}: {error}") from error
+def _by_owner(sites: tuple[Site, ...]) -> dict[str, list[int]]:
+    """Where the sites of each owner's path stand."""
+    owned: dict[str, list[int]] = {}
+    for position, site in enumerate(sites):
+        for path in dict.fromkeys(owner.path for owner in site.owners):
+            owned.setdefault(path, []).append(position)
+    return owned
 
 
-def _is_instance(module: nn.Module, layer: Layer) -> bool:
-    if isinstance(layer, type):
-        return isinstance(module, layer)
-    return any(_is_named(base, layer) for base in type(module).__mro__)
+def _selected(
+    rule: Rule, label: str, sites: tuple[Site, ...], owned: Mapping[str, Sequence[int]], kinds: Iterable[type]
+) -> Iterator[Site]:
+    """The sites that a rule acts on, in order."""
+    classes = tuple(layer for layer in rule.layers if isinstance(layer, type))
+    names = [layer for layer in rule.layers if isinstance(layer, str)]
+    named = {kind for kind in kinds if any(_is_named(base, name) for base in kind.__mro__ for name in names)}
+    param, excluded = matcher(rule.param), [matcher(pattern) for pattern in rule.excludes]
+    paths: Collection[str] = owned
+    if rule.name is not None:
+        paths = {str(rule.name)} & owned.keys() if is_literal(rule.name) else {*filter(matcher(rule.name), owned)}
+        sites = tuple(sites[position] for position in sorted({i for path in paths for i in owned[path]}))
+
+    def selects(owner: Owner) -> object:
+        return (
+            owner.path in paths
+            and (not rule.layers or isinstance(owner.layer, classes) or type(owner.layer) in named)
+            and (param(owner.key) or param(owner.key.rpartition(".")[2]))
+        )
+
+    for site in sites:
+        if not any(map(selects, site.owners)) or any(matches(name) for matches in excluded for name in site.names):
+            continue
+        try:
+            wanted = rule.where is None or bool(rule.where(site))
+        except Exception as error:
+            raise RuleError(
+                f"rule {label!r}: where= failed at {site.name!r}: {type(error).__name__}: {error}"
+            ) from error
+        if wanted:
+            yield site
 
 
 def _is_named(cls: type, name: str) -> bool:
@@ -174,30 +196,35 @@ def _known(name: str, classes: Iterable[type]) -> bool:
 
 
 def _labels(rules: tuple[Rule, ...]) -> tuple[str, ...]:
-    given = [rule.label for rule in rules if rule.label is not None]
-    for label in given:
-        if given.count(label) > 1:
-            raise MatchError(f"label {label!r} is given to {given.count(label)} rules; labels must be unique.")
+    given = Counter(rule.label for rule in rules if rule.label is not None)
+    for label, count in given.items():
+        if count > 1:
+            raise MatchError(f"label {label!r} is given to {count} rules; labels must be unique.")
     taken, labels = set(given), []
+    counts = Counter[str]()
     for rule in rules:
-        label, count = rule.label or rule.effect.name, 1
+        name = rule.effect.name
+        label = rule.label or name
         while rule.label is None and label in taken:
-            count += 1
-            label = f"{rule.effect.name}_{count}"
+            counts[name] += 1
+            label = f"{name}_{counts[name] + 1}"
         taken.add(label)
         labels.append(label)
-    names = [
+    names = Counter(
         strength_name(label, r.effect, own)
         for label, r in zip(labels, rules, strict=True)
         for own in r.effect.strengths
-    ]
-    for name in names:
-        if names.count(name) > 1:
+    )
+    for name, count in names.items():
+        if count > 1:
             raise MatchError(f"two rules would share the strength {name!r}; give one of them another label.")
     return tuple(labels)
 
 
-def _check_takes(label: str, effect: Effect, sites: tuple[Site, ...]) -> None:
+def _check_takes(
+    label: str, effect: Effect, sites: tuple[Site, ...], problems: dict[tuple[object, ...], str | None]
+) -> None:
+    """Raise where an effect does not fit; what was found out about the effects before is in `problems`."""
     alike: dict[tuple[object, ...], Site] = {}
     for site in sites:
         alike.setdefault((site.shape, site.dtype), site)
@@ -208,7 +235,10 @@ def _check_takes(label: str, effect: Effect, sites: tuple[Site, ...]) -> None:
                 f"rule {label!r}: {effect.name} cannot act on {site.name!r}: it is {what} ({site.dtype}). "
                 f"Leave it out with exclude={site.name!r}."
             )
-        if problem := effect.definition.misfit(effect, site.shape, site.dtype):
+        case = (effect.definition, *effect.arguments.items(), site.shape, site.dtype)  # whatever the strength
+        if case not in problems:
+            problems[case] = effect.definition.misfit(effect, site.shape, site.dtype)
+        if problem := problems[case]:
             raise RuleError(
                 f"rule {label!r}: {effect!r} does not fit {site.name!r} of shape {tuple(site.shape)}: {problem}. "
                 "Mend the effect's arguments, or narrow the rule."

@@ -18,6 +18,7 @@ Pattern: TypeAlias = str | re.Pattern[str]
 Layer: TypeAlias = type[nn.Module] | str
 
 _REGEX = "re:"
+_WILDCARDS = frozenset("*?[")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,13 +165,20 @@ def checked_rules(rules: "Rule | Iterable[Rule]") -> tuple[Rule, ...]:
     return result
 
 
-def matches(pattern: Pattern, name: str) -> bool:
-    """Whether the whole name matches: a glob in which `*` crosses dots, a compiled pattern, or `"re:…"`."""
+def matcher(pattern: Pattern) -> Callable[[str], object]:
+    """What says whether a whole name matches: a glob in which `*` crosses dots, a compiled pattern, or `"re:…"`."""
     if isinstance(pattern, re.Pattern):
-        return pattern.fullmatch(name) is not None
+        return pattern.fullmatch
     if pattern.startswith(_REGEX):
-        return re.fullmatch(pattern.removeprefix(_REGEX), name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
+        return re.compile(pattern.removeprefix(_REGEX)).fullmatch
+    if is_literal(pattern):
+        return pattern.__eq__
+    return re.compile(fnmatch.translate(pattern)).match
+
+
+def is_literal(pattern: Pattern) -> bool:
+    """Whether only the name that it spells matches."""
+    return isinstance(pattern, str) and not pattern.startswith(_REGEX) and _WILDCARDS.isdisjoint(pattern)
 
 
 def _shown(value: object) -> str:

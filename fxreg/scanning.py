@@ -128,7 +128,9 @@ def global_objects(model: nn.Module) -> tuple[Any, ...]:
 
 def functions_of(module: nn.Module) -> tuple[types.FunctionType, ...]:
     """The user's functions that a forward pass of a module may reach."""
-    helpers = [v for v in vars(module).values() if callable(v) and not isinstance(v, type | nn.Module)]
+    helpers = [v for v in vars(module).values() if callable(v) and not isinstance(v, (type, nn.Module))]
+    if not helpers:
+        return _reachable((type(module),), getattr(type(module), "forward", None))
     kinds = dict.fromkeys(type(v) for v in helpers if not _is_library(type(v)))
     kept = dict.fromkeys(function for v in helpers if (function := _as_function(v)) is not None)
     forward = getattr(type(module), "forward", None)

@@ -45,7 +45,8 @@ class Ledger:
 
     def runs_layer(self, path: str, module: nn.Module) -> None:
         """A layer of torch's own will run as it is: it matters if something of the user's runs in it."""
-        if module._modules or any(getattr(module, hooks) for hooks in HOOKS):
+        own = vars(module)
+        if own["_modules"] or any(own[hooks] for hooks in HOOKS):
             self.runs(path, module)
 
     def mark(self) -> tuple[int, ...]:
@@ -56,8 +57,7 @@ class Ledger:
         """Drop what was noted since a mark."""
         records: tuple[dict[Any, Any], ...] = (self.modules, self.reads, self._running)
         for record, length in zip(records, mark, strict=True):
-            while len(record) > length:
-                record.popitem()
+            shorten(record, length)
 
     def misled(self, state: Snapshot) -> dict[str, str]:
         """The paths of the traced modules that read what modules that run as they are may write, with the reason.
@@ -77,7 +77,7 @@ class Ledger:
                 hooks += own
         owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), nn.Module)]
         shared = Snapshot([*changing, *owners], also=hooks)
-        kept = state.keys() | {name for _, _, name in self.reads} | class_attributes(self.modules.values())
+        kept = state.names() | {name for _, _, name in self.reads} | class_attributes(self.modules.values())
         kept |= global_names([*self._running.values()])
         found = {}
         for path, module in self.modules.items():
@@ -94,6 +94,12 @@ def class_attributes(modules: Iterable[nn.Module]) -> set[str]:
     """What the modules' own classes define: an attribute of an instance may hide it later."""
     bases = {base for kind in {type(module) for module in modules} for base in kind.__mro__}
     return {name for base in bases if not base.__module__.startswith("torch.") for name in vars(base)}
+
+
+def shorten(record: dict[Any, Any], length: int) -> None:
+    """Drop what was entered last until so many entries are left."""
+    while len(record) > length:
+        record.popitem()
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

@@ -1,14 +1,16 @@
 """Remembering the Python state around a model's modules, to notice and undo what running a forward did to it."""
 
 import collections
+import ctypes
 import functools
+import itertools
 import operator
 import random
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,73 +23,101 @@ _INERT = (
     torch.dtype, torch.device, torch.Size, fx.Graph,
 )  # fmt: skip
 _CONTAINERS = (dict, list, set, collections.deque)
-_EMPTY: dict[Any, Any] = {}  # every module has a dozen of them
+_EXACT_CONTAINERS = frozenset({*_CONTAINERS, collections.OrderedDict})
 _LEAVES = frozenset(_INERT)
 _TENSORS = frozenset({Tensor, nn.Parameter})
-
-_Trail: TypeAlias = tuple[Any, ...]
-"""How a value was reached: the trail of what holds it, and its key there; a name is made of it only when needed."""
 
 
 class Snapshot:
     """Every list, dict, set, deque, array, random generator and plain object reachable from the modules' attributes.
 
-    Tensors' values are remembered only on request: a tracer runs nothing that changes them.
+    Tensors' values are remembered only on request: a tracer runs nothing that changes them. So are other modules that
+    are met on the way, children included.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], with_values: bool = False, also: Iterable[Any] = ()) -> None:
-        self._held: dict[int, tuple[_Trail, Any, Any]] = {}
-        self._names: list[dict[str, Any]] = []
-        self._passed = _LEAVES if with_values else _LEAVES | _TENSORS
-        waiting: list[tuple[_Trail, Any]] = [((), value) for value in also]
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        with_values: bool = False,
+        also: Iterable[Any] = (),
+        other_modules: bool = False,
+    ) -> None:
+        self._held: dict[int, tuple[Any, Any]] = {}  # by identity, a value and a copy of its state
+        self._empty: dict[int, Any] = {}  # containers with nothing in them: every module has a dozen
+        self._found_in: dict[int, int] = {}  # by identity, what holds a value; names are made of it when needed
+        waiting: list[Any] = [*also]
+        self._roots = {id(value): "" for value in waiting}
+        passed = _LEAVES if with_values else _LEAVES | _TENSORS
+        stops = _INERT if other_modules else (*_INERT, nn.Module)
         for module in modules:
-            waiting += self._hold((type(module).__name__,), vars(module))
-            self._names += (vars(module), module._modules, module._parameters, module._buffers)
-        seen: set[int] = set()
+            self._roots[id(vars(module))] = type(module).__name__
+            waiting.append(vars(module))
         while waiting:
-            trail, value = waiting.pop()
-            if id(value) in seen or isinstance(value, (*_INERT, nn.Module)):
+            value = waiting.pop()
+            if isinstance(value, stops):
                 continue
-            seen.add(id(value))
             if isinstance(value, Tensor) and not (with_values and _can_be_compared(value)):
                 continue
-            waiting += self._hold(trail, value)
-
-    def _hold(self, trail: "_Trail", value: Any) -> list[tuple["_Trail", Any]]:
-        """Remember a value's own state, if it has one, and return what it refers to."""
-        before = _state(value)
-        if before is not None:
-            self._held[id(value)] = (trail, value, before)
-        if isinstance(value, dict):
-            return [((trail, key), one) for key, one in value.items() if type(one) not in self._passed]
-        inside = [*_inside(value)]
-        self._names += [one for one in inside if one is getattr(value, "__dict__", None)]
-        return [(trail, one) for one in inside if type(one) not in self._passed]
+            before = _state(value)
+            if before is not None:
+                self._held[id(value)] = (value, before)
+            for inner in value.values() if isinstance(value, dict) else _inside(value):
+                kind, identity = type(inner), id(inner)
+                if kind in passed or identity in self._found_in or identity in self._roots:
+                    continue
+                self._found_in[identity] = id(value)
+                if kind in _EXACT_CONTAINERS and not inner:
+                    self._empty[identity] = inner
+                else:
+                    waiting.append(inner)
 
     def holds(self, value: Any) -> bool:
         """Whether a value is among what is remembered."""
-        return id(value) in self._held
+        return id(value) in self._held or id(value) in self._empty
 
-    def keys(self) -> set[str]:
-        """The name of every attribute of what is remembered."""
-        return {name for one in self._names for name in self._held.get(id(one), (0, 0, ()))[2]}
+    def names(self) -> set[str]:
+        """The name of every attribute, parameter and child of what is remembered."""
+        found: set[str] = set()
+        for identity, (_, before) in self._held.items():
+            of_object = self._found_in.get(identity, identity) not in self._held
+            if isinstance(before, dict) and (self._roots.get(identity) or of_object):
+                registries = (before.get(name) for name in ("_modules", "_parameters", "_buffers"))
+                found.update(before, *(one for one in registries if isinstance(one, dict)))
+        return found
 
     def changed(self, within: "Snapshot | None" = None) -> str | None:
         """Where something is no longer as it was, if anywhere; only in what another snapshot also remembers."""
-        held = self._held.values() if within is None else [self._held[i] for i in within._held if i in self._held]
-        return next((_named(trail) for trail, now, before in held if not _same(now, before)), None)
+        return next(map(self._name, self._changes(within)), None)
 
-    def restore(self) -> None:
-        """Put everything back."""
-        for _, now, before in self._held.values():
-            if not _same(now, before):
-                _put_back(now, before)
+    def restore(self, within: "Snapshot | None" = None) -> None:
+        """Put everything back, or what another snapshot also remembers."""
+        for identity in [*self._changes(within)]:
+            if identity in self._empty:
+                self._empty[identity].clear()
+            else:
+                _put_back(*self._held[identity])
 
+    def _changes(self, within: "Snapshot | None" = None) -> Iterator[int]:
+        if within is None:
+            candidates = itertools.chain(self._empty if any(self._empty.values()) else (), self._held)
+        else:
+            candidates = itertools.chain(within._empty, within._held)
+        for identity in candidates:
+            if identity in self._empty:
+                if self._empty[identity]:
+                    yield identity
+            elif identity in self._held and not _same(*self._held[identity]):
+                yield identity
 
-def _named(trail: _Trail) -> str:
-    if trail and isinstance(trail[0], tuple):
-        return f"{_named(trail[0])}.{trail[1]}"
-    return str(trail[0]) if trail else ""
+    def _name(self, identity: int) -> str:
+        """The type of the module and the keys through which a value was found."""
+        keys: list[str] = []
+        while identity in self._found_in:
+            value, identity = identity, self._found_in[identity]
+            before = self._held[identity][1] if identity in self._held else None
+            if isinstance(before, dict):
+                keys += [str(key) for key, one in before.items() if id(one) == value][:1]
+        return ".".join([self._roots.get(identity, ""), *reversed(keys)])
 
 
 def _can_be_compared(tensor: Tensor) -> bool:
@@ -97,7 +127,7 @@ def _can_be_compared(tensor: Tensor) -> bool:
 def _state(value: Any) -> Any:
     """A copy of what is mutable in a value itself; None where nothing is."""
     if isinstance(value, dict):
-        return dict(value) if value else _EMPTY
+        return dict(value)
     numpy = sys.modules.get("numpy")
     match value:
         case list() | set() | collections.deque():
@@ -139,8 +169,6 @@ def _inside(value: Any) -> Iterator[Any]:
 
 def _same(now: Any, before: Any) -> bool:
     if isinstance(now, dict):
-        if not now and not before:
-            return True
         same_keys = len(now) == len(before) and all(map(operator.is_, now, before))
         return same_keys and all(map(operator.is_, now.values(), before.values()))
     if isinstance(now, _CONTAINERS):
@@ -194,12 +222,13 @@ def _put_back_dict(now: dict[Any, Any], before: dict[Any, Any]) -> None:
 def rng_state() -> tuple[Any, ...]:
     """The state of torch's CPU generator, Python's and, where NumPy is loaded, its global one."""
     with torch._C.DisableTorchFunction():
-        own = bytes(torch.default_generator.get_state().tolist())
+        state = torch.default_generator.get_state()
+        own = ctypes.string_at(state.data_ptr(), state.numel())
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return (own, random.getstate())
     kind, keys, *rest = numpy.random.get_state()
-    return (own, random.getstate(), (kind, tuple(keys.tolist()), *rest))
+    return (own, random.getstate(), (kind, keys.tobytes(), *rest))
 
 
 def set_rng_state(state: tuple[Any, ...]) -> None:
@@ -208,7 +237,9 @@ def set_rng_state(state: tuple[Any, ...]) -> None:
         torch.default_generator.set_state(torch.tensor(list(state[0]), dtype=torch.uint8, device="cpu"))
     random.setstate(state[1])
     if len(state) > 2:
-        sys.modules["numpy"].random.set_state(state[2])
+        numpy = sys.modules["numpy"]
+        kind, keys, *rest = state[2]
+        numpy.random.set_state((kind, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
 
 
 @contextmanager

@@ -6,6 +6,8 @@ kept. Nothing that depends on the moment of tracing is baked in: `training` flag
 nodes, and any tensor computed at trace time is a reason to give up.
 """
 
+import functools
+import itertools
 import math
 import operator
 import threading
@@ -22,13 +24,14 @@ from .calls import expect_tensor
 from .interception import intercepted
 from .proxies import TracedValue, Untraceable, holds_proxy
 from .scanning import asks_for_none, untraceable_reason
-from .side_channels import HOOKS, Ledger, has_hooks
+from .side_channels import HOOKS, Ledger, has_hooks, shorten
 from .snapshots import Snapshot, rng_state, set_rng_state
 
 _LAYERS = ("torch.nn.modules.", "torch.nn.utils.parametrize", "torch.ao.nn.")
 _CONTAINERS = (
     tuple, list, dict, torch.Size, immutable_collections.immutable_list, immutable_collections.immutable_dict
 )  # fmt: skip
+_PLAIN = {tuple, list, dict, bool, int, float, str, type(None)}
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _ACCEPT_NONE = {operator.eq, operator.ne, operator.is_, operator.is_not, operator.contains}
@@ -68,17 +71,20 @@ class SoundTracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self._root_alias = root_alias
         self._paths = {module: path for path, module in reversed([*root.named_modules(remove_duplicate=False)])}
-        self._tensors = _tensor_paths(self._paths, root_alias)
         self.thread = threading.get_ident()
         self._poison: str | None = None
         self._opaque_results: dict[fx.Node, str] = {}
         self._asked_type: set[fx.Node] = set()
-        self._scope: list[tuple[str, type]] = []
+        self._scope: list[tuple[str, dict[str, tuple[str, type]]]] = [("", {})]
         self._watches = watches
         self._forced = forced
         self.ledger = Ledger()
         self.side_effect: str | None = None
         self._suspicion: str | None = None
+
+    @functools.cached_property
+    def _tensors(self) -> dict[int, str]:
+        return _tensor_paths(self._paths, self._root_alias)
 
     # What the forward asks of its values.
 
@@ -113,6 +119,8 @@ class SoundTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
+        if type(a) in _PLAIN:
+            return fx.proxy.TracerBase.create_arg(self, a)
         if isinstance(a, Tensor):
             if id(a) not in self._tensors:
                 self.give_up("uses a tensor made at trace time or kept outside the module")
@@ -132,8 +140,8 @@ class SoundTracer(fx.Tracer):
             self.give_up("runs part of itself in another thread")
         if _ambient_state() != self._ambient:
             self.give_up("runs part of itself in another grad, autocast or inference mode")
-        node = super().create_node(*args, **kwargs)
-        node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self._scope}
+        node = self.graph.create_node(*args, **kwargs)
+        node.meta["nn_module_stack"] = dict(self._scope[-1][1])
         return node
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -158,7 +166,7 @@ class SoundTracer(fx.Tracer):
         """Remember that a forward read something that a graph holds as it was."""
         if hasattr(type(value), "__next__"):
             self.give_up(f"reads the iterator {type(module).__name__}.{name}")
-        if module in self._paths and self._scope:
+        if module in self._paths and len(self._scope) > 1:
             self.ledger.read(self._scope[-1][0], self._paths[module], name, value)
 
     def note_change(self, module: nn.Module, what: str) -> None:
@@ -183,7 +191,8 @@ class SoundTracer(fx.Tracer):
         path = self.path_of(module)
         if not path:
             self.give_up("calls itself")
-        if self._watches and (changed := self._side_effect()):
+        reach = Snapshot([module], other_modules=True) if self._watches else None
+        if self._watches and (changed := self._side_effect(reach)):
             self.give_up(changed)
         if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
             self.give_up(f"calls {path!r}, whose class overrides __call__")
@@ -192,18 +201,20 @@ class SoundTracer(fx.Tracer):
             return self._call(path, module, args, kwargs)  # torch's own layers: what people know the model by
         reason = self._forced.get(path) or whole_reason(module)
         if reason is None:
-            before, results, asked = self._last(), dict(self._opaque_results), set(self._asked_type)
-            inner, heard = dict(self.opaque), self.ledger.mark()
+            before, asked, heard = self._last(), set(self._asked_type), self.ledger.mark()
+            known, results = len(self.opaque), len(self._opaque_results)
             try:
-                return self.run_traced(module, path, run, args, kwargs)
+                return self.run_traced(module, path, run, args, kwargs, reach)
             except (Untraceable, Exception) as error:
                 reason = self._poison or described(error)
                 self._poison = None
                 if self._watches:
-                    self._put_back()
+                    self._put_back(reach)
                 self._roll_back(before)
                 self.ledger.forget(heard)
-                self._opaque_results, self._asked_type, self.opaque = results, asked, inner
+                self._asked_type = asked
+                shorten(self.opaque, known)
+                shorten(self._opaque_results, results)
         return self._call_opaque(path, module, reason, args, kwargs)
 
     def _call_opaque(self, path: str, module: nn.Module, reason: str, args: Any, kwargs: Any) -> Any:
@@ -219,7 +230,7 @@ class SoundTracer(fx.Tracer):
 
     def _suspect(self, module: nn.Module) -> None:
         """A module that runs as it is may see what the forward around it has changed, and changes back later."""
-        self._suspicion = self._suspicion or self.state.changed(Snapshot(module.modules()))
+        self._suspicion = self._suspicion or self.state.changed(Snapshot([module], other_modules=True))
 
     def _call(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         result = self.create_proxy("call_module", path, args, kwargs)
@@ -233,46 +244,59 @@ class SoundTracer(fx.Tracer):
             self.give_up("computes need_weights of a MultiheadAttention")
         return (result[0], result[1] if need_weights else None)
 
-    def run_traced(self, module: nn.Module, path: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a forward on proxies; raise if it did anything that a graph cannot hold."""
+    def run_traced(
+        self,
+        module: nn.Module,
+        path: str,
+        run: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        reach: Snapshot | None = None,
+    ) -> Any:
+        """Run a forward on proxies; raise if it did anything that a graph cannot hold.
+
+        It is compared in what it can reach from its attributes. What it changed elsewhere, a caller is found to have
+        changed.
+        """
         last = self._last()
-        self._scope.append((path, type(module)))
+        self._scope.append((path, {**self._scope[-1][1], path: (path, type(module))}))
         self.ledger.traced(path, module)
         try:
             result = run(*args, **kwargs)
             self.check_poison()
-            if self._watches and (changed := self._put_back()):
+            if self._watches and (changed := self._put_back(reach)):
                 self.give_up(changed)
             self._check_opaque_results(last, asks_for_none(module))
             return result
         finally:
             self._scope.pop()
 
-    def _side_effect(self) -> str | None:
+    def _side_effect(self, reach: Snapshot | None = None) -> str | None:
         """What running a forward has done so far beside its values."""
-        if changed := self.state.changed():
+        if changed := self.state.changed(reach):
             return f"changes {changed}"
         return "draws random numbers that a graph would freeze" if rng_state() != self._rng else None
 
-    def _put_back(self) -> str | None:
+    def _put_back(self, reach: Snapshot | None = None) -> str | None:
         """Undo what running a forward did beside its values, and say what it was."""
-        what = self._side_effect()
+        what = self._side_effect(reach)
         if what:
-            self.state.restore()
+            self.state.restore(reach)
             set_rng_state(self._rng)
         return what
 
     def _check_opaque_results(self, last: fx.Node | None, asks_none: bool) -> None:
         """A forward whose code asks `x is None` may have asked it of what an opaque module returned, and no proxy can
         see that: each such value is asserted to be a tensor. Other code can only pass it on."""
-        for node, path in list(self._opaque_results.items()):
-            if not asks_none or (last is not None and not node > last):
-                continue
+        if not asks_none:
+            return
+        recent = itertools.takewhile(lambda node: last is None or node > last, reversed(self._opaque_results))
+        for node in reversed([*recent]):
+            path = self._opaque_results[node]
             if not node.users:
                 self.give_up(f"returns or discards what opaque {path!r} returns, and asks whether it is None")
-            else:
-                self.expect(node, f"what {path!r} returned")
-                del self._opaque_results[node]
+            self.expect(node, f"what {path!r} returned")
+            del self._opaque_results[node]
 
     def expect(self, node: fx.Node, what: str) -> None:
         """Assert at run time that a value is a tensor."""
@@ -325,9 +349,10 @@ def whole_reason(module: nn.Module, runs: bool = False) -> str | None:
     """
     if isinstance(module, torch.jit.ScriptModule):
         return "is a scripted module"
-    if any(getattr(module, hooks) for hooks in (HOOKS if not runs else _BACKWARD_HOOKS)):
+    own = vars(module)
+    if any(own[hooks] for hooks in HOOKS):
         return "has hooks"
-    if "forward" in vars(module) or "__call__" in vars(module):
+    if "forward" in own or "__call__" in own:
         return "has a forward of its own instance"
     if any(getattr(module_globals, hooks) for hooks in _GLOBAL_HOOKS):
         return "global module hooks are registered"

@@ -1,6 +1,8 @@
 """The way in: match, plan, capture, lower, verify, in that order; and the way back."""
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 import torch
@@ -59,9 +61,10 @@ def transform(
     refuse_transformed(model)
     if example_inputs is not None:
         split_examples(example_inputs)
-    planned = plan(match(model, checked_rules(rules)))
-    captured = capture(model, example_inputs)
-    gm = lower(model, captured, planned, emit)
+    with _without_collection():
+        planned = plan(match(model, checked_rules(rules)))
+        captured = capture(model, example_inputs)
+        gm = lower(model, captured, planned, emit)
     watch(gm)
     if example_inputs is not None:
         verify(gm, model, example_inputs)
@@ -69,6 +72,18 @@ def transform(
             verify(state_of(gm).otherwise, model, example_inputs)
         mark_verified(state_of(gm))
     return gm
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Graphs are many objects and no garbage: the collector would walk over everything alive, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def strip(gm: nn.Module) -> torch.fx.GraphModule:

@@ -652,3 +652,53 @@ def test_an_unfilled_closure_in_a_formula_or_an_output_is_no_obstacle() -> None:
     output, kept = fxreg.transform(Pair(), fxreg.Rule(effect(0.1)))(torch.ones(1, 2))
     assert output.requires_grad
     assert kept is function
+
+
+class _Appending(nn.Module):
+    def __init__(self, log: list[int], appends: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.log, self.appends = log, appends
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.appends:
+            self.log.append(1)
+        return self.linear(x)
+
+
+def test_of_modules_that_share_a_list_only_the_one_that_changes_it_stays_whole() -> None:
+    log: list[int] = []
+    gm = fxreg.transform(nn.Sequential(*(_Appending(log, appends=i == 1) for i in range(3))), L1)
+    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == ["0.linear", "1", "2.linear"]
+    assert log == []
+
+
+class _Asking(nn.Module):
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.parents = [parent]
+
+    def forward(self, x: Tensor) -> Tensor:
+        flags: Any = self.parents[0].flags
+        return self.linear(x) * (2.0 if flags["on"] and bool((x > -1e9).all()) else 1.0)
+
+
+class _Switching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flags = {"on": False}
+        self.child = _Asking(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.flags["on"] = True
+        y = self.child(x)
+        self.flags["on"] = False
+        return y
+
+
+def test_a_change_that_a_whole_module_sees_through_a_reference_to_its_parent_is_noticed() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(_Switching(), nn.Linear(3, 1)), torch.randn(2, 3)
+    expected = model(x)
+    assert torch.equal(fxreg.transform(model, L1)(x), expected)

@@ -729,3 +729,17 @@ def test_selection_agrees_with_its_definition_on_random_trees(
     ]
     rule = fxreg.Rule(fxreg.l1(0.1), name=name, param=param, layer=layer, exclude=exclude, optional=True)
     assert [(edit.site, edit.aliases) for edit in fxreg.explain(model, rule).edits] == expected
+
+
+def test_many_rules_try_their_effect_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[int, ...]] = []
+    misfit = type(fxreg.l2).misfit
+    monkeypatch.setattr(
+        type(fxreg.l2),
+        "misfit",
+        lambda self, effect, shape, dtype: tried.append(shape) or misfit(self, effect, shape, dtype),
+    )
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(20)))
+    plan = fxreg.explain(model, [fxreg.Rule(fxreg.l2(0.1 * (i + 1)), name=f"{i}") for i in range(20)])
+    assert sorted(tried) == [(3,), (3, 3)]
+    assert [edit.label for edit in plan.edits][::2] == ["l2", *(f"l2_{i}" for i in range(2, 21))]
