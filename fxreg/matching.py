@@ -1,7 +1,7 @@
 """match: (module, rules) → the sites each rule acts on. Reads the module, changes nothing, captures nothing."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,16 +10,18 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .effects import Effect, strength_name
 from .errors import MatchError, RuleError
+from .kinds import Kind, kinds
 from .rules import Layer, Rule, matches
 
 
 @dataclass(frozen=True)
 class Owner:
-    """One way to a parameter: the module that directly owns it, that module's path, and the key there."""
+    """One way to a parameter: the module that directly owns it, that module's path and class, and the key there."""
 
     path: str
     key: str
     layer: nn.Module = field(repr=False, compare=False)
+    kind: Kind = field(repr=False, compare=False)
 
     @property
     def full_name(self) -> str:
@@ -69,13 +71,15 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
         RuleError: a class name found neither in `torch.nn` nor in the model; a `where` that fails.
         MatchError: a rule that matches nothing, a duplicate, two rules of one label, a penalty on a frozen site.
     """
-    sites = tuple(find_sites(model))
-    classes = {base for module in model.modules() for base in type(module).__mro__}
+    found_kinds = kinds(model)
+    sites = tuple(find_sites(model, found_kinds))
+    classes = {base for kind in found_kinds.values() for cls in kind.classes for base in cls.__mro__}
+    unloaded = [kind.name for kind in found_kinds.values() if kind.name and not kind.classes]
     labels = _labels(rules)
     found = []
     for label, rule in zip(labels, rules, strict=True):
         for layer in rule.layers:
-            if isinstance(layer, str) and not _known(layer, classes):
+            if isinstance(layer, str) and not _known(layer, classes, unloaded):
                 near = difflib.get_close_matches(layer, sorted({c.__name__ for c in classes}), n=3)
                 raise RuleError(
                     f"rule {label!r}: layer={layer!r} names a class that is neither in torch.nn nor in the model"
@@ -90,7 +94,7 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
     return tuple(found)
 
 
-def find_sites(model: nn.Module) -> Iterator[Site]:
+def find_sites(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[Site]:
     """Every parameter of the module once, in the order of `named_parameters()`."""
     owners: dict[int, list[Owner]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -98,7 +102,7 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 parameters[id(parameter)] = parameter
-                owners.setdefault(id(parameter), []).append(_owner(model, path, module, key))
+                owners.setdefault(id(parameter), []).append(_owner(model, path, module, key, kinds))
     for identity, parameter in parameters.items():
         first, *others = owners[identity]
         lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
@@ -120,24 +124,29 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
         )
 
 
-def _owner(model: nn.Module, path: str, module: nn.Module, key: str) -> Owner:
+def _owner(model: nn.Module, path: str, module: nn.Module, key: str, kinds: Mapping[str, Kind]) -> Owner:
     """A parametrization's leaves count as the parametrized layer's own."""
-    if isinstance(module, ParametrizationList):
+    if kinds[path].is_a(ParametrizationList):
         parent = path.rpartition("parametrizations.")[0].removesuffix(".")
-        return Owner(parent, f"{path.removeprefix(parent).removeprefix('.')}.{key}", model.get_submodule(parent))
-    return Owner(path, key, module)
+        key = f"{path.removeprefix(parent).removeprefix('.')}.{key}"
+        return Owner(parent, key, model.get_submodule(parent), kinds[parent])
+    return Owner(path, key, module, kinds[path])
 
 
 def _selects(rule: Rule, label: str, site: Site) -> bool:
-    if not any(
-        (rule.layer is None or any(_is_instance(owner.layer, layer) for layer in rule.layers))
-        and (rule.name is None or matches(rule.name, owner.path))
-        and any(matches(rule.param, key) for key in {owner.key, owner.key.rpartition(".")[2]})
+    named = [
+        owner
         for owner in site.owners
-    ):
+        if (rule.name is None or matches(rule.name, owner.path))
+        and any(matches(rule.param, key) for key in {owner.key, owner.key.rpartition(".")[2]})
+    ]
+    chosen = [_is_of(owner.kind, rule.layers) for owner in named]
+    if not any(chosen) and None not in chosen:
         return False
     if any(matches(pattern, name) for pattern in rule.excludes for name in site.names):
         return False
+    if not any(chosen):
+        raise MatchError(_undecided(label, rule, named[chosen.index(None)]))
     if rule.where is None:
         return True
     try:
@@ -146,17 +155,27 @@ def _selects(rule: Rule, label: str, site: Site) -> bool:
         raise RuleError(f"rule {label!r}: where= failed at {site.name!r}: {type(error).__name__}: {error}") from error
 
 
-def _is_instance(module: nn.Module, layer: Layer) -> bool:
+def _is_of(kind: Kind, layers: tuple[Layer, ...]) -> bool | None:
+    """Whether a module of that kind is one of the layers asked for; None where nothing says so."""
+    if not layers or any(_is_instance(cls, layer) for cls in kind.classes for layer in layers):
+        return True
+    if kind.classes:
+        return False
+    return True if any(isinstance(layer, str) and _ends(kind.name, layer) for layer in layers) else None
+
+
+def _is_instance(cls: type, layer: Layer) -> bool:
     if isinstance(layer, type):
-        return isinstance(module, layer)
-    return any(_is_named(base, layer) for base in type(module).__mro__)
+        return issubclass(cls, layer)
+    return any(_is_named(base, layer) for base in cls.__mro__)
 
 
 def _is_named(cls: type, name: str) -> bool:
     """Whether `name` is a dotted suffix of the class's qualified name; `nn.` means `torch.nn.`."""
-    if cls is _torch_class(name):
-        return True
-    qualified = f"{cls.__module__}.{cls.__qualname__}"
+    return cls is _torch_class(name) or _ends(f"{cls.__module__}.{cls.__qualname__}", name)
+
+
+def _ends(qualified: str, name: str) -> bool:
     return not name.startswith("nn.") and f".{qualified}".endswith(f".{name}")
 
 
@@ -169,8 +188,10 @@ def _torch_class(name: str) -> object:
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
-def _known(name: str, classes: Iterable[type]) -> bool:
-    return _torch_class(name) is not None or any(_is_named(cls, name) for cls in classes)
+def _known(name: str, classes: Iterable[type], unloaded: Iterable[str]) -> bool:
+    """Whether a class of that name is there, or would be."""
+    by_name = (_ends(qualified, name) for qualified in unloaded)
+    return _torch_class(name) is not None or any(_is_named(cls, name) for cls in classes) or any(by_name)
 
 
 def _labels(rules: tuple[Rule, ...]) -> tuple[str, ...]:
@@ -237,6 +258,19 @@ def _check_pair(earlier: Match, later: Match, site: Site) -> None:
             f"rules {earlier.label!r} and {later.label!r} contradict each other: {site.name!r} is frozen by one and "
             f"under {kinds[False].name} in the other. Keep them apart with exclude=."
         )
+
+
+def _undecided(label: str, rule: Rule, owner: Owner) -> str:
+    """What to say where a graph does not tell the class of a parameter's owner, and the rule asks for one."""
+    asked = ", ".join(repr(one) if isinstance(one, str) else one.__name__ for one in rule.layers)
+    if owner.kind.name:
+        why = f"was a {owner.kind.name}, which is not loaded, so its base classes are unknown. Import it"
+    else:
+        why = "did not run by itself when the graph was made, so its class is unknown. Transform the model itself"
+    return (
+        f"rule {label!r} asks for layer={asked}, but of the owner of {owner.full_name!r} only a graph is left: "
+        f"{owner.path!r} {why}, leave it out with exclude={owner.full_name!r}, or select it by name= without layer=."
+    )
 
 
 def _matched_nothing(label: str, rule: Rule, model: nn.Module, sites: tuple[Site, ...]) -> str:
