@@ -13,6 +13,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
+from torch.utils import _pytree as pytree  # private by name only: what torch.export and torch.func document
 
 from .errors import CaptureError, FxregError
 from .operators import attach as _attach_operator
@@ -86,6 +87,21 @@ def _without_reentrant_checkpoints() -> Iterator[None]:
             del function.apply
         else:
             function.apply = original  # type: ignore[method-assign]
+
+
+def take_inputs(state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The parts of an exported program's arguments; an error unless the program was exported for such."""
+    return state.model.exported_inputs.leaves(args, kwargs)
+
+
+def give_output(state: Any, parts: Any) -> Any:
+    """What an exported program returns, made of its parts."""
+    return pytree.tree_unflatten(list(parts), state.model.exported_output.spec)
+
+
+def call_region(mode: str, args: tuple[Any, ...]) -> Any:
+    """Run a region of an exported program in a grad or autocast mode of its own."""
+    return getattr(torch.ops.higher_order, mode)(*args)
 
 
 def attach(output: Any, penalties: list[Tensor], scale: Tensor) -> Any:

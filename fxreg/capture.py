@@ -2,45 +2,26 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from . import calls
-from .assuming import Assumed
+from .captured import Captured
 from .deepening import deepen
 from .errors import CaptureError
 from .module import CHILD, RegularizedModule
 from .proxies import TracedValue, Untraceable
 from .side_channels import has_hooks
-from .staleness import Remembered, remember
+from .staleness import remember
 from .tracing import SoundTracer, whole_reason
 
 Examples: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
 _PLAIN_TYPES = {"bool", "int", "float", "str", "dict", "Dict", "Mapping", "list", "List", "Sequence", "tuple", "Tuple"}
 _WRITABLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
-
-
-@dataclass(frozen=True)
-class Captured:
-    """The graph of a forward, and what stayed whole in it.
-
-    Attributes:
-        graph: complete, with its output node; parameters are read where the forward reads them.
-        opaque: for the path of every module called as a whole, why; `""` is the root.
-        remembered: what the graph holds as it was, for `check_unchanged`.
-        assumed: what must hold of a call for the graph to be right; nothing if None.
-        otherwise: what is right where that does not hold.
-    """
-
-    graph: fx.Graph
-    opaque: Mapping[str, str]
-    remembered: tuple[Remembered, ...] = ()
-    assumed: Assumed | None = None
-    otherwise: "Captured | None" = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +64,7 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
     )
     if recorded is None or len(visible_layers(model, recorded.graph)) <= len(visible_layers(model, captured.graph)):
         return captured
-    return Captured(recorded.graph, recorded.opaque, recorded.remembered, recorded.assumed, captured)
+    return replace(recorded, otherwise=captured)
 
 
 def visible_layers(model: nn.Module, graph: fx.Graph) -> set[str]:

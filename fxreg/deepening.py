@@ -5,33 +5,22 @@ graph cannot hold. Otherwise the modules at fault stay whole, and everything is 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from .assuming import Assumed, joined, kinds_of
+from .captured import Assumed, Captured, joined, kinds_of
 from .merging import differing, merged
 from .module import CHILD
 from .proxies import Untraceable
 from .recording import Recorder
 from .scanning import global_objects
 from .snapshots import borrowed, iterator_kept
-from .staleness import Remembered, remember
+from .staleness import remember
 from .structure import fresh, likeness, map_tensors
 from .tracing import described
 
 _TRIES = 40
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A graph of a whole forward, and what it assumes."""
-
-    graph: fx.Graph
-    opaque: dict[str, str]
-    remembered: tuple[Remembered, ...]
-    assumed: Assumed
 
 
 class _Again(Exception):
@@ -47,7 +36,7 @@ def deepen(
     place: Callable[[fx.Graph], dict[str, fx.Node]],
     arguments: dict[str, Any],
     call: Callable[..., Any],
-) -> Recorded | None:
+) -> Captured | None:
     """Record the model's forward on an example.
 
     Args:
@@ -78,7 +67,7 @@ class _Session:
         self.also = global_objects(model)
         self.watches = False
 
-    def recorded(self) -> Recorded:
+    def recorded(self) -> Captured:
         first = self._run(training=True)
         self._agree(first, self._run(training=True), numbers=True)
         graph, questions, answers, asks_values = first.graph, first.questions, first.answers, first.asks_values
@@ -96,7 +85,7 @@ class _Session:
         assumed = Assumed(
             tuple(map(likeness, values)), tuple(modes), kinds, questions, answers, asks_values, first.kept
         )
-        return Recorded(graph, first.opaque, remember(self.model, modules, reads.items()), assumed)
+        return Captured(graph, first.opaque, remember(self.model, modules, reads.items()), assumed)
 
     def _agree(self, one: Recorder, other: Recorder, numbers: bool) -> None:
         if missing := one.opaque.keys() ^ other.opaque.keys():

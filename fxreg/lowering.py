@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import calls, operators
-from .capture import Captured
+from .captured import Captured
 from .effects import Effect, Gradient, Penalty, strength_name
 from .errors import CaptureError
 from .hidden_uses import hidden_uses
@@ -45,15 +45,11 @@ class _Lowering:
         self.output = self.graph.output(result)
         self.reads: dict[str, fx.Node] = {}
         self.nodes: dict[str, str] = {}
-        if first is not None:
-            self.strengths, self.streams, self.arguments = first.strengths, first.streams, first.arguments
-            self.state = first.state
-            return
-        self.strengths: dict[str, str] = {}
-        self.streams: dict[tuple[str, str], str] = {}
-        self.arguments: dict[tuple[str, str], str] = {}
-        provenance = Provenance(plan, emit, captured.opaque, False, self.nodes, self.strengths, self.streams)
-        self.state = State(model, captured.graph, captured.remembered, provenance, self.device, captured.assumed)
+        self.strengths: dict[str, str] = first.strengths if first else {}
+        self.streams: dict[tuple[str, str], str] = first.streams if first else {}
+        self.arguments: dict[tuple[str, str], str] = first.arguments if first else {}
+        provenance = Provenance(plan, emit, False, self.nodes, self.strengths, self.streams)
+        self.state: State = first.state if first else State(model, captured, provenance, self.device)
         if captured.assumed is not None:
             self._check_assumed()
         for edit in plan.edits:

@@ -1,6 +1,7 @@
 """match: (module, rules) → the sites each rule acts on. Reads the module, changes nothing, captures nothing."""
 
 import difflib
+import functools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,16 +12,18 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .effects import Effect, strength_name
 from .errors import MatchError, RuleError
-from .rules import Rule, is_literal, matcher
+from .kinds import Kind, kinds
+from .rules import Layer, Rule, is_literal, matcher
 
 
 @dataclass(frozen=True)
 class Owner:
-    """One way to a parameter: the module that directly owns it, that module's path, and the key there."""
+    """One way to a parameter: the module that directly owns it, that module's path and class, and the key there."""
 
     path: str
     key: str
     layer: nn.Module = field(repr=False, compare=False)
+    kind: Kind = field(repr=False, compare=False)
 
     @property
     def full_name(self) -> str:
@@ -70,22 +73,23 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
         RuleError: a class name found neither in `torch.nn` nor in the model; a `where` that fails.
         MatchError: a rule that matches nothing, a duplicate, two rules of one label, a penalty on a frozen site.
     """
-    sites = tuple(find_sites(model))
+    found_kinds = kinds(model)
+    sites = tuple(find_sites(model, found_kinds))
     owned = _by_owner(sites)
-    kinds = set(map(type, model.modules()))
-    classes = {base for kind in kinds for base in kind.__mro__}
+    classes = {base for kind in {*found_kinds.values()} for cls in kind.classes for base in cls.__mro__}
+    unloaded = [kind.name for kind in found_kinds.values() if kind.name and not kind.classes]
     problems: dict[tuple[object, ...], str | None] = {}
     labels = _labels(rules)
     found = []
     for label, rule in zip(labels, rules, strict=True):
         for layer in rule.layers:
-            if isinstance(layer, str) and not _known(layer, classes):
+            if isinstance(layer, str) and not _known(layer, classes, unloaded):
                 near = difflib.get_close_matches(layer, sorted({c.__name__ for c in classes}), n=3)
                 raise RuleError(
                     f"rule {label!r}: layer={layer!r} names a class that is neither in torch.nn nor in the model"
                     f"{_nearest(near)}. Mend layer=."
                 )
-        chosen = tuple(_selected(rule, label, sites, owned, kinds))
+        chosen = tuple(_selected(rule, label, sites, owned))
         if not chosen and not rule.optional:
             raise MatchError(_matched_nothing(label, rule, model, sites))
         _check_takes(label, rule.effect, chosen, problems)
@@ -94,7 +98,7 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
     return tuple(found)
 
 
-def find_sites(model: nn.Module) -> Iterator[Site]:
+def find_sites(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[Site]:
     """Every parameter of the module once, in the order of `named_parameters()`."""
     owners: dict[int, list[Owner]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -102,7 +106,7 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 parameters[id(parameter)] = parameter
-                owners.setdefault(id(parameter), []).append(_owner(model, path, module, key))
+                owners.setdefault(id(parameter), []).append(_owner(model, path, module, key, kinds))
     for identity, parameter in parameters.items():
         first, *others = owners[identity]
         lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
@@ -124,12 +128,13 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
         )
 
 
-def _owner(model: nn.Module, path: str, module: nn.Module, key: str) -> Owner:
+def _owner(model: nn.Module, path: str, module: nn.Module, key: str, kinds: Mapping[str, Kind]) -> Owner:
     """A parametrization's leaves count as the parametrized layer's own."""
-    if isinstance(module, ParametrizationList):
+    if kinds[path].is_a(ParametrizationList):
         parent = path.rpartition("parametrizations.")[0].removesuffix(".")
-        return Owner(parent, f"{path.removeprefix(parent).removeprefix('.')}.{key}", model.get_submodule(parent))
-    return Owner(path, key, module)
+        key = f"{path.removeprefix(parent).removeprefix('.')}.{key}"
+        return Owner(parent, key, model.get_submodule(parent), kinds[parent])
+    return Owner(path, key, module, kinds[path])
 
 
 def _by_owner(sites: tuple[Site, ...]) -> dict[str, list[int]]:
@@ -141,29 +146,25 @@ def _by_owner(sites: tuple[Site, ...]) -> dict[str, list[int]]:
     return owned
 
 
-def _selected(
-    rule: Rule, label: str, sites: tuple[Site, ...], owned: Mapping[str, Sequence[int]], kinds: Iterable[type]
-) -> Iterator[Site]:
+def _selected(rule: Rule, label: str, sites: tuple[Site, ...], owned: Mapping[str, Sequence[int]]) -> Iterator[Site]:
     """The sites that a rule acts on, in order."""
-    classes = tuple(layer for layer in rule.layers if isinstance(layer, type))
-    names = [layer for layer in rule.layers if isinstance(layer, str)]
-    named = {kind for kind in kinds if any(_is_named(base, name) for base in kind.__mro__ for name in names)}
     param, excluded = matcher(rule.param), [matcher(pattern) for pattern in rule.excludes]
     paths: Collection[str] = owned
     if rule.name is not None:
         paths = {str(rule.name)} & owned.keys() if is_literal(rule.name) else {*filter(matcher(rule.name), owned)}
         sites = tuple(sites[position] for position in sorted({i for path in paths for i in owned[path]}))
+    is_of = functools.cache(functools.partial(_is_of, rule.layers))
 
-    def selects(owner: Owner) -> object:
-        return (
-            owner.path in paths
-            and (not rule.layers or isinstance(owner.layer, classes) or type(owner.layer) in named)
-            and (param(owner.key) or param(owner.key.rpartition(".")[2]))
-        )
+    def selects(owner: Owner) -> bool | None:
+        named = owner.path in paths and (param(owner.key) or param(owner.key.rpartition(".")[2]))
+        return is_of(owner.kind) if named else False
 
     for site in sites:
-        if not any(map(selects, site.owners)) or any(matches(name) for matches in excluded for name in site.names):
+        chosen = [*map(selects, site.owners)]
+        if (not any(chosen) and None not in chosen) or any(one(name) for one in excluded for name in site.names):
             continue
+        if not any(chosen):
+            raise MatchError(_undecided(label, rule, site.owners[chosen.index(None)]))
         try:
             wanted = rule.where is None or bool(rule.where(site))
         except Exception as error:
@@ -174,11 +175,27 @@ def _selected(
             yield site
 
 
+def _is_of(layers: tuple[Layer, ...], kind: Kind) -> bool | None:
+    """Whether a module of that kind is one of the layers asked for; None where nothing says so."""
+    if not layers or any(_is_instance(cls, layer) for cls in kind.classes for layer in layers):
+        return True
+    if kind.classes:
+        return False
+    return True if any(isinstance(layer, str) and _ends(kind.name, layer) for layer in layers) else None
+
+
+def _is_instance(cls: type, layer: Layer) -> bool:
+    if isinstance(layer, type):
+        return issubclass(cls, layer)
+    return any(_is_named(base, layer) for base in cls.__mro__)
+
+
 def _is_named(cls: type, name: str) -> bool:
     """Whether `name` is a dotted suffix of the class's qualified name; `nn.` means `torch.nn.`."""
-    if cls is _torch_class(name):
-        return True
-    qualified = f"{cls.__module__}.{cls.__qualname__}"
+    return cls is _torch_class(name) or _ends(f"{cls.__module__}.{cls.__qualname__}", name)
+
+
+def _ends(qualified: str, name: str) -> bool:
     return not name.startswith("nn.") and f".{qualified}".endswith(f".{name}")
 
 
@@ -191,8 +208,10 @@ def _torch_class(name: str) -> object:
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
-def _known(name: str, classes: Iterable[type]) -> bool:
-    return _torch_class(name) is not None or any(_is_named(cls, name) for cls in classes)
+def _known(name: str, classes: Iterable[type], unloaded: Iterable[str]) -> bool:
+    """Whether a class of that name is there, or would be."""
+    by_name = (_ends(qualified, name) for qualified in unloaded)
+    return _torch_class(name) is not None or any(_is_named(cls, name) for cls in classes) or any(by_name)
 
 
 def _labels(rules: tuple[Rule, ...]) -> tuple[str, ...]:
@@ -267,6 +286,19 @@ def _check_pair(earlier: Match, later: Match, site: Site) -> None:
             f"rules {earlier.label!r} and {later.label!r} contradict each other: {site.name!r} is frozen by one and "
             f"under {kinds[False].name} in the other. Keep them apart with exclude=."
         )
+
+
+def _undecided(label: str, rule: Rule, owner: Owner) -> str:
+    """What to say where a graph does not tell the class of a parameter's owner, and the rule asks for one."""
+    asked = ", ".join(repr(one) if isinstance(one, str) else one.__name__ for one in rule.layers)
+    if owner.kind.name:
+        why = f"was a {owner.kind.name}, which is not loaded, so its base classes are unknown. Import it"
+    else:
+        why = "did not run by itself when the graph was made, so its class is unknown. Transform the model itself"
+    return (
+        f"rule {label!r} asks for layer={asked}, but of the owner of {owner.full_name!r} only a graph is left: "
+        f"{owner.path!r} {why}, leave it out with exclude={owner.full_name!r}, or select it by name= without layer=."
+    )
 
 
 def _matched_nothing(label: str, rule: Rule, model: nn.Module, sites: tuple[Site, ...]) -> str:

@@ -1,7 +1,6 @@
 """The emitted module: a GraphModule whose parameters, buffers, children and mode are the original model's own."""
 
 import copy
-import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,13 +9,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import _get_qualified_name, map_aggregate  # private: the names fx itself writes into code
 
 from . import calls
-from .assuming import Assumed
+from .captured import Captured
 from .errors import FxregError
+from .graphs import read, written
 from .planning import Emit, LeaveToCompanion, Plan
-from .staleness import Remembered
 
 CHILD = "fxreg"
 """The name of the one child that fxreg adds to the emitted module."""
@@ -45,7 +43,6 @@ class Provenance:
     Attributes:
         plan: the edits.
         emit: where the total penalty goes.
-        opaque: for the path of every module called as a whole, why.
         verified: whether it was compared with the model when it was emitted.
         nodes: for every inserted node's name, the label of its rule ("" for what serves several).
         strengths: for every name in `fxreg.strengths`, its buffer.
@@ -54,7 +51,6 @@ class Provenance:
 
     plan: Plan
     emit: Emit
-    opaque: Mapping[str, str]
     verified: bool
     nodes: Mapping[str, str]
     strengths: Mapping[str, str]
@@ -76,20 +72,15 @@ class State(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        graph: fx.Graph,
-        remembered: tuple[Remembered, ...],
+        captured: Captured,
         provenance: Provenance,
         device: torch.device,
-        assumed: Assumed | None = None,
     ) -> None:
         super().__init__()
-        vars(self)["_model"] = model
-        vars(self)["otherwise"] = None
-        self.assumed = assumed
-        if assumed is not None:
-            vars(self).update(assumed.kept, _ask=_function(assumed.questions))
-        self.captured = graph
-        self.remembered = remembered
+        vars(self).update(_model=model, otherwise=None)
+        if captured.assumed is not None:
+            vars(self).update(captured.assumed.kept)
+        self.captured = captured
         self.provenance = provenance
         self.scale_was_set = False
         self.warned_unbound = False
@@ -98,6 +89,7 @@ class State(nn.Module):
         self.register_buffer("loss_scale", one, persistent=False)
 
     loss_scale: Tensor
+    otherwise: "RegularizedModule | None"
 
     @property
     def model(self) -> nn.Module:
@@ -120,8 +112,8 @@ class State(nn.Module):
         gets that graph, in which the question is asked again."""
         if any(isinstance(one, fx.Proxy) for one in arguments):
             return True
-        assert self.assumed is not None
-        return self.assumed.holds(self.model, vars(self)["_ask"], arguments)
+        assert self.captured.assumed is not None
+        return self.captured.assumed.holds(self.model, arguments)
 
     def unbound(self) -> tuple[str, ...]:
         """The labels of the rules whose companion call has not come yet."""
@@ -140,30 +132,18 @@ class State(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
-        state["captured"] = _written(self.captured)
-        if self.assumed is not None:
-            state["_ask"] = None
-            state["assumed"] = replace(self.assumed, questions=_written(self.assumed.questions))
         model = type(self.model)
-        if not _importable(model) and "" not in self.provenance.opaque:
+        if not _importable(model) and not self.captured.needs_model:
             # The graph does not need the model itself: only its mode, in a stand-in that pickles.
             stand_in = nn.Module()
             vars(stand_in).update({k: vars(self.model)[k] for k in ("_parameters", "_buffers", "_modules", "training")})
             state["_model"] = stand_in
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.captured = _read(state["captured"])
-        if self.assumed is not None:
-            vars(self)["assumed"] = replace(self.assumed, questions=_read(self.assumed.questions))
-            vars(self)["_ask"] = _function(self.assumed.questions)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "State":
         result = State.__new__(State)
         memo[id(self)] = result
-        vars(result).update({k: copy.deepcopy(v, memo) for k, v in vars(self).items() if k != "captured"})
-        vars(result)["captured"] = copy.deepcopy(self.captured)
+        vars(result).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return result
 
 
@@ -217,12 +197,12 @@ class RegularizedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in vars(self).items() if k not in ("_graph", "_code")}
-        return (_restored, (), {"attributes": state, "graph": _written(self.graph), "name": type(self).__name__})
+        return (_restored, (), {"attributes": state, "graph": written(self.graph), "name": type(self).__name__})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state["attributes"])
         type(self).__name__ = state["name"]
-        self._set_graph(_read(state["graph"]))
+        self._set_graph(read(state["graph"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RegularizedModule":
         result = _restored()
@@ -263,74 +243,8 @@ def mark_verified(state: State) -> None:
     state.provenance = replace(state.provenance, verified=True)
 
 
-def _function(graph: fx.Graph) -> Callable[..., Any]:
-    """A graph without state as a function."""
-    forward: Callable[..., Any] = fx.GraphModule(nn.Module(), graph).forward
-    return forward
-
-
 def _restored() -> RegularizedModule:
     return RegularizedModule.__new__(RegularizedModule)
-
-
-@dataclass(frozen=True)
-class _Ref:
-    """A node's name, where a pickled graph refers to it."""
-
-    name: str
-
-
-def _written(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """A graph as plain data: functions by their qualified names."""
-
-    def refer(value: Any) -> Any:
-        named: Any = lambda v: _Ref(v.name) if isinstance(v, fx.Node) else v  # noqa: E731
-        return map_aggregate(value, named)
-
-    return [
-        (
-            node.op,
-            node.name,
-            _get_qualified_name(node.target) if callable(node.target) else node.target,
-            refer(node.args),
-            refer(node.kwargs),
-            {key: node.meta[key] for key in ("is_wrapped", "fxreg") if key in node.meta},
-        )
-        for node in graph.nodes
-    ]
-
-
-def _read(rows: list[tuple[Any, ...]]) -> fx.Graph:
-    graph, nodes = fx.Graph(), {}
-    for op, name, target, args, kwargs, meta in rows:
-        found = _looked_up(target) if op == "call_function" else target
-        args, kwargs = map_aggregate((args, kwargs), lambda v: nodes[v.name] if isinstance(v, _Ref) else v)
-        nodes[name] = graph.create_node(op, found, args, kwargs, name=name)
-        nodes[name].meta.update(meta)
-    return graph
-
-
-def _looked_up(name: str) -> Any:
-    """The function of a qualified name, wherever its module ends and its attributes begin."""
-    parts = name.split(".")
-    found: Any = None
-    for end in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:end]))
-        except ImportError:
-            continue
-        break
-    else:
-        found, end = sys.modules["builtins"], 0
-    try:
-        for part in parts[end:]:
-            found = getattr(found, part)
-    except AttributeError as error:
-        raise FxregError(
-            f"unpickling an emitted module: {name} is not there ({error}). Import the module that defines the effect "
-            "or function, unchanged, before loading."
-        ) from None
-    return found
 
 
 def _importable(cls: type) -> bool:

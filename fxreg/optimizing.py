@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from .effects import OptimizerOption, Penalty
 from .errors import RuleError
+from .exported import as_module
 from .matching import match
 from .module import bind, original
 from .planning import LeaveToCompanion, plan
@@ -23,7 +25,7 @@ these are compared by identity."""
 
 
 def param_groups(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     rules: Rule | Iterable[Rule],
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
 ) -> list[dict[str, Any]]:
@@ -33,7 +35,7 @@ def param_groups(
     optimizer makes of it. Every trainable parameter appears once, tied ones too; all others have `weight_decay=0.0`.
 
     Args:
-        model: the model, or what `fxreg.transform` made of it.
+        model: the model or exported program, or what `fxreg.transform` made of it.
         rules: the rules given to `fxreg.transform`; those with another `via` are left to it.
         optimizer: the class the groups are for.
 
@@ -56,7 +58,7 @@ def param_groups(
         raise RuleError(
             f"param_groups: optimizer must be an optimizer class such as torch.optim.SGD, got {optimizer!r}."
         )
-    model = original(model)
+    model = original(as_module(model))
     edits = plan(match(model, checked_rules(rules))).companions("optimizer")
     options = inspect.signature(optimizer).parameters
     decay: dict[str, float] = {}

@@ -475,7 +475,9 @@ class Recorder:
         """What was asked of the root's arguments alone, as a graph of its own, and what it gave. Whatever only it
         needs is taken out of the recorded graph."""
         self.asks_values = any(not node._erased for node, _ in self._decisions)
-        asked = [(node, answer, None) for node, answer in self._decisions if not node._erased]
+        asked: list[tuple[Any, Any, fx.Node | None]] = [
+            (node, answer, None) for node, answer in self._decisions if not node._erased
+        ]
         for check in self._assumed.values():
             if not check._erased and self._is_known_at_once(check.args[0]):
                 asked.append((check.args[0], check.args[1], check))
@@ -485,9 +487,9 @@ class Recorder:
             if node in self._open or node in needed:
                 new[node] = graph.node_copy(node, new.__getitem__)
         graph.output(tuple(new[node] for node, _, _ in asked))
-        for _, _, check in asked:
-            if check is not None:
-                self.graph.erase_node(check)
+        for _, _, one in asked:
+            if one is not None:
+                self.graph.erase_node(one)
         for node in reversed(self.graph.nodes):
             if node in needed and not node.users and node.op != "placeholder":
                 self.graph.erase_node(node)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import overload
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from .errors import FxregError, RuleError
+from .exported import as_module
 from .matching import match
 from .module import RegularizedModule, emitted, state_of
 from .planning import Plan, plan
@@ -44,12 +46,12 @@ class Report:
 @overload
 def explain(model: nn.Module) -> Report: ...
 @overload
-def explain(model: nn.Module, rules: Rule | Iterable[Rule]) -> Plan: ...
-def explain(model: nn.Module, rules: Rule | Iterable[Rule] | None = None) -> Plan | Report:
+def explain(model: nn.Module | ExportedProgram, rules: Rule | Iterable[Rule]) -> Plan: ...
+def explain(model: nn.Module | ExportedProgram, rules: Rule | Iterable[Rule] | None = None) -> Plan | Report:
     """Say what rules would do to a model, or what was done to an emitted module. Captures and changes nothing.
 
     Args:
-        model: with rules, any model; without, what `fxreg.transform` returned.
+        model: with rules, any model or exported program; without, what `fxreg.transform` returned.
         rules: the rules to try.
 
     Returns:
@@ -67,15 +69,16 @@ def explain(model: nn.Module, rules: Rule | Iterable[Rule] | None = None) -> Pla
     ------  --------  -----------  -------  ------  ----------  -------
     l1      l1(0.1)   weight       2×4           8  penalty
     """
-    if not isinstance(model, nn.Module):
-        raise FxregError(f"explain: model must be an nn.Module, got {model!r}.")
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise FxregError(f"explain: model must be an nn.Module or an ExportedProgram, got {model!r}.")
+    model = as_module(model)
     if rules is not None:
         if isinstance(model, RegularizedModule):
             raise RuleError("explain(gm) takes no rules: they are in the module. For a dry run, pass the model.")
         return plan(match(model, checked_rules(rules)))
     state = state_of(model)
     provenance = state.provenance
-    return Report(provenance.plan, provenance.emit, dict(provenance.opaque), provenance.verified, state.unbound())
+    return Report(provenance.plan, provenance.emit, dict(state.captured.opaque), provenance.verified, state.unbound())
 
 
 def diff(gm: nn.Module) -> str:

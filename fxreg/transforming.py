@@ -7,9 +7,12 @@ from typing import get_args
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from .capture import Captured, Examples, capture, refuse_transformed, split_examples
+from .capture import Examples, capture, refuse_transformed, split_examples
+from .captured import Captured
 from .errors import CaptureError, FxregError
+from .exported import read_program
 from .lowering import lower
 from .matching import match
 from .module import mark_verified, state_of
@@ -20,7 +23,7 @@ from .watching import watch
 
 
 def transform(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     rules: Rule | Iterable[Rule],
     *,
     example_inputs: Examples | None = None,
@@ -32,7 +35,8 @@ def transform(
     evaluate, checkpoint and ship. Training it trains loss + Σ s_k·R_k.
 
     Args:
-        model: any `nn.Module`. It is not changed.
+        model: any `nn.Module`, an `fx.GraphModule` among them, or what `torch.export.export` returned. It is not
+            changed. An exported program is trained in the mode in which it was exported.
         rules: the rules; every one that matches acts, in this order.
         example_inputs: a tuple (positional) or a dict (keyword) of inputs. With it the result is verified against
             the model in train and in eval mode before it is returned. With or without, an argument that has a default
@@ -54,22 +58,30 @@ def transform(
     >>> torch.equal(gm(x), model(x))
     True
     """
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"model must be an nn.Module, got {type(model).__name__}.")
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise CaptureError(f"model must be an nn.Module or an ExportedProgram, got {type(model).__name__}.")
     if emit not in get_args(Emit):
         raise FxregError(f"emit must be one of {', '.join(map(repr, get_args(Emit)))}, got {emit!r}.")
-    refuse_transformed(model)
     if example_inputs is not None:
         split_examples(example_inputs)
+    captured: Captured | None = None
+    root = model
+    if isinstance(root, ExportedProgram):
+        root, captured = read_program(root)
+        if emit == "loss" and not root.training:
+            raise CaptureError(
+                "emit='loss' adds penalties in train mode only, and this program was exported in eval mode. Export the "
+                "model again after model.train(), or use emit='backward' or emit='output'."
+            )
+    refuse_transformed(root)
     with _without_collection():
-        planned = plan(match(model, checked_rules(rules)))
-        captured = capture(model, example_inputs)
-        gm = lower(model, captured, planned, emit)
+        planned = plan(match(root, checked_rules(rules)))
+        gm = lower(root, captured or capture(root, example_inputs), planned, emit)
     watch(gm)
     if example_inputs is not None:
         verify(gm, model, example_inputs)
-        if state_of(gm).otherwise is not None:
-            verify(state_of(gm).otherwise, model, example_inputs)
+        if (other := state_of(gm).otherwise) is not None:
+            verify(other, model, example_inputs)
         mark_verified(state_of(gm))
     return gm
 
@@ -101,6 +113,4 @@ def strip(gm: nn.Module) -> torch.fx.GraphModule:
     True
     """
     state = state_of(gm)
-    other = state.otherwise and Captured(state.captured_otherwise, {}, ())
-    captured = Captured(state.captured, state.provenance.opaque, state.remembered, state.assumed, other)
-    return lower(state.model, captured, Plan(()), "backward")
+    return lower(state.model, state.captured, Plan(()), "backward")

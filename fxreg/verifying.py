@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from .capture import Examples, split_examples
 from .controls import live_strengths
 from .effects import Effect, Gradient, Penalty
 from .errors import VerifyError
-from .module import State, emitted, state_of
+from .exported import ExportedModule
+from .module import RegularizedModule, State, emitted, state_of
 from .planning import PullBack
 from .snapshots import borrowed, iterator_kept
 from .structure import fresh, map_tensors, tensors
@@ -26,16 +28,16 @@ _COARSE_TOLERANCE = 5e-2  # 16-bit: a few units in the last place of a sum
 
 
 @torch.enable_grad()
-def verify(gm: nn.Module, model: nn.Module, example_inputs: Examples) -> None:
+def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Examples) -> None:
     """Compare an emitted module with the model and the rules it came from.
 
     In train and in eval mode: outputs bitwise; every buffer after the call; the gradient of every parameter for all
     outputs together, and the rules' part of it alone through each single output. RNG, buffers, attributes, modes and
-    `.grad` are left as they were found.
+    `.grad` are left as they were found. What was made from an exported program has one mode.
 
     Args:
         gm: what `fxreg.transform` returned.
-        model: the model it was made from.
+        model: the model it was made from; for an exported program, that or the model that was exported.
         example_inputs: a tuple (positional) or a dict (keyword).
 
     Raises:
@@ -47,19 +49,25 @@ def verify(gm: nn.Module, model: nn.Module, example_inputs: Examples) -> None:
     >>> fxreg.verify(gm, model, (torch.randn(3, 4),))
     """
     args, kwargs = split_examples(example_inputs)
+    state = state_of(gm)
+    inner = emitted(gm)
+    modes: tuple[bool, ...] = (True, False)
+    if isinstance(state.model, ExportedModule):
+        args, kwargs = state.model.exported_inputs.arranged(args, kwargs)
+        modes = (state.model.training,)
+    if isinstance(model, ExportedProgram):
+        model = model.module()
     if kept := iterator_kept(model):
         raise VerifyError(
             f"{kept[0] or 'the model'} keeps an iterator in {kept[1]!r}, and running it would move it for good. Verify "
             "without it, or leave out example_inputs."
         )
-    state = state_of(gm)
-    inner = emitted(gm)
     if [n for n, _ in inner.named_parameters()] != [n for n, _ in model.named_parameters()]:
         raise VerifyError("the emitted module's parameters are not the model's, by name and order.")
     for (name, own), original in zip(inner.named_parameters(), model.parameters(), strict=True):
         if own is not original:
             raise VerifyError(f"parameter {name!r} of the emitted module is not the model's own tensor.")
-    for training in (True, False):
+    for training in modes:
         mode = "in train mode" if training else "in eval mode"
         with borrowed(model, [state], training) as reset:
             output = _call(model, args, kwargs)
@@ -116,7 +124,7 @@ def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: 
     buffers = {name: buffer.detach().clone() for name, buffer in state.model.named_buffers()}
     parameters = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
     penalty = None
-    if module is not state.model and state.provenance.emit == "output":
+    if isinstance(getattr(module, "_orig_mod", module), RegularizedModule) and state.provenance.emit == "output":
         if not isinstance(output, tuple) or len(output) != 2 or not isinstance(output[1], Tensor):
             raise VerifyError(f"emit='output' must return (output, penalty), got {type(output).__name__}.")
         output, penalty = output

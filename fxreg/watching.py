@@ -20,7 +20,7 @@ _DONE = 1_000_000
 def watch(gm: RegularizedModule) -> None:
     """Register the hooks that an emitted module needs."""
     state = state_of(gm)
-    if state.remembered:
+    if state.captured.remembered:
         gm.register_forward_pre_hook(_refuse_changed)
     if state.unbound():
         gm.register_forward_pre_hook(_warn_unbound)
@@ -48,7 +48,7 @@ def _is_eager_training(module: nn.Module) -> bool:
 def _refuse_changed(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         state = state_of(module)
-        check_unchanged(state.model, state.remembered, module._modules)
+        check_unchanged(state.model, state.captured.remembered, module._modules)
 
 
 def _warn_unbound(module: nn.Module, args: Any) -> None:

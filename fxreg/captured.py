@@ -1,18 +1,50 @@
-"""What a recorded graph takes for granted, and the question whether it still holds.
+"""What capture gives to the next stage: a graph, and what it takes for granted.
 
-The question is asked before anything else is done, so that the answer "no" costs nothing: the emitted module then runs
-its other graph, which assumes nothing.
+Whether what a recorded graph assumes still holds is asked before anything else is done, so that the answer "no" costs
+nothing: the emitted module then runs its other graph, which assumes nothing.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 
+from .graphs import as_function, read, written
+from .staleness import Remembered
 from .structure import likeness
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The graph of a forward, and what stayed whole in it.
+
+    Attributes:
+        graph: complete, with its output node; parameters are read where the forward reads them.
+        opaque: for the path of every module called as a whole, why; `""` is the root.
+        remembered: what the graph holds as it was, for `check_unchanged`.
+        assumed: what must hold of a call for the graph to be right; nothing if None.
+        otherwise: what is right where that does not hold.
+    """
+
+    graph: fx.Graph
+    opaque: Mapping[str, str]
+    remembered: tuple[Remembered, ...] = ()
+    assumed: "Assumed | None" = None
+    otherwise: "Captured | None" = None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the original model's own forward may run."""
+        return "" in self.opaque or (self.otherwise is not None and self.otherwise.needs_model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "graph": written(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, graph=read(state["graph"]))
 
 
 @dataclass(frozen=True)
@@ -36,13 +68,20 @@ class Assumed:
     answers: tuple[Any, ...]
     asks_values: bool
     kept: Mapping[str, Any]
+    ask: Callable[..., Any] = field(init=False, repr=False, compare=False)
 
-    def holds(self, model: nn.Module, ask: Any, arguments: tuple[Any, ...]) -> bool:
-        """Whether it does, for a call of the model with these arguments.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ask", as_function(self.questions))
 
-        Args:
-            ask: `questions` as a function.
-        """
+    def __getstate__(self) -> dict[str, Any]:
+        return {**{k: v for k, v in vars(self).items() if k != "ask"}, "questions": written(self.questions)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, questions=read(state["questions"]))
+        self.__post_init__()
+
+    def holds(self, model: nn.Module, arguments: tuple[Any, ...]) -> bool:
+        """Whether it does, for a call of the model with these arguments."""
         if tuple(map(likeness, arguments)) != self.arguments:
             return False
         mode = model.training
@@ -53,7 +92,7 @@ class Assumed:
             return False
         if self.asks_values and (torch.compiler.is_compiling() or _are_functorch_transforms_active()):
             return False
-        return not self.answers or tuple(ask(*arguments)) == self.answers
+        return not self.answers or tuple(self.ask(*arguments)) == self.answers
 
 
 def kinds_of(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,0 +1,78 @@
+"""Graphs as plain data, and as functions."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.node import _get_qualified_name, map_aggregate  # private: the names fx itself writes into code
+
+from .errors import FxregError
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """A node's name, where a pickled graph refers to it."""
+
+    name: str
+
+
+def written(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as plain data: functions by their qualified names."""
+
+    def refer(value: Any) -> Any:
+        named: Any = lambda v: _Ref(v.name) if isinstance(v, fx.Node) else v  # noqa: E731
+        return map_aggregate(value, named)
+
+    return [
+        (
+            node.op,
+            node.name,
+            _get_qualified_name(node.target) if callable(node.target) else node.target,
+            refer(node.args),
+            refer(node.kwargs),
+            {key: node.meta[key] for key in ("is_wrapped", "fxreg") if key in node.meta},
+        )
+        for node in graph.nodes
+    ]
+
+
+def read(rows: list[tuple[Any, ...]]) -> fx.Graph:
+    graph, nodes = fx.Graph(), {}
+    for op, name, target, args, kwargs, meta in rows:
+        found = _looked_up(target) if op == "call_function" else target
+        args, kwargs = map_aggregate((args, kwargs), lambda v: nodes[v.name] if isinstance(v, _Ref) else v)
+        nodes[name] = graph.create_node(op, found, args, kwargs, name=name)
+        nodes[name].meta.update(meta)
+    return graph
+
+
+def _looked_up(name: str) -> Any:
+    """The function of a qualified name, wherever its module ends and its attributes begin."""
+    parts = name.split(".")
+    found: Any = None
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ImportError:
+            continue
+        break
+    else:
+        found, end = sys.modules["builtins"], 0
+    try:
+        for part in parts[end:]:
+            found = getattr(found, part)
+    except AttributeError as error:
+        raise FxregError(
+            f"unpickling an emitted module: {name} is not there ({error}). Import the module that defines the effect "
+            "or function, unchanged, before loading."
+        ) from None
+    return found
+
+
+def as_function(graph: fx.Graph) -> Callable[..., Any]:
+    """A graph without state as a function."""
+    forward: Callable[..., Any] = fx.GraphModule(nn.Module(), graph).forward
+    return forward
