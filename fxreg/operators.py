@@ -83,35 +83,55 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-class _Attach(torch.autograd.Function):
-    """Identity on the outputs; the backward pass sends `scale` to every penalty, whichever output it comes from."""
+class _Source(torch.autograd.Function):
+    """Where the penalties' gradients start: nothing forward; backward, `scale` to every penalty, once."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(count: int, aliased: list[bool], scale: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(scale: Tensor, *penalties: Tensor) -> Tensor:
+        return torch.zeros_like(scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        scale, *penalties = inputs
+        ctx.save_for_backward(scale)
+        ctx.kinds = [(penalty.device, penalty.dtype) for penalty in penalties]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return (None, *(scale.to(device=device, dtype=dtype) for device, dtype in ctx.kinds))
+
+    @staticmethod
+    def jvp(ctx: Any, scale: None, *tangents: Tensor | None) -> Tensor | None:
+        return None
+
+
+class _Attach(torch.autograd.Function):
+    """Identity on one output; the backward pass through it also reaches the source. A node for each: one for all would
+    give zeros, and not nothing, to what only the outputs without a gradient depend on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(shared: bool, output: Tensor, source: Tensor) -> Tensor:
         # detach, not view_as: a caller may write into what it got. Not so where two outputs share memory: autograd
         # would not see the write in the other one, and raises for view_as.
-        pairs = zip(tensors[count:], aliased, strict=True)
-        return tuple(output.view_as(output) if shared else output.detach() for output, shared in pairs)
+        return output.view_as(output) if shared else output.detach()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        count, _, scale, *tensors = inputs
-        ctx.save_for_backward(scale)
-        ctx.dtypes = [penalty.dtype for penalty in tensors[:count]]
-        ctx.devices = [penalty.device for penalty in tensors[:count]]
-        ctx.set_materialize_grads(False)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (scale,) = ctx.saved_tensors
-        seeds = (scale.to(device=device, dtype=dtype) for device, dtype in zip(ctx.devices, ctx.dtypes, strict=True))
-        return (None, None, None, *seeds, *grads)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (source,) = ctx.saved_tensors
+        return None, grad, torch.zeros_like(source)
 
     @staticmethod
-    def jvp(ctx: Any, count: None, aliased: None, scale: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(t if t is None else t.view_as(t) for t in tangents[len(ctx.dtypes) :])
+    def jvp(ctx: Any, shared: None, output: Tensor | None, source: Tensor | None) -> Tensor | None:
+        return output if output is None else output.view_as(output)
 
 
 class _Deferred(torch.autograd.Function):
@@ -199,7 +219,8 @@ def advance(stream: Tensor) -> None:
 def _attach(outputs: Sequence[Tensor], penalties: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     bases = [id(output._base) if output._is_view() else id(output) for output in outputs]
     aliased = [bases.count(base) > 1 for base in bases]
-    return list(_apply(_Attach, len(penalties), aliased, _now(scale).reshape(()), *penalties, *outputs))
+    source = _apply(_Source, _now(scale).reshape(()), *penalties)
+    return [_apply(_Attach, shared, output, source) for shared, output in zip(aliased, outputs, strict=True)]
 
 
 def _total(penalties: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,287 @@
+"""How deep, and how faithfully, fxreg captures every family of the zoo: writes docs/coverage.md.
+
+$ python -m tests.coverage                # all of it
+$ python -m tests.coverage llama mixtral  # these, printed
+"""
+
+import contextlib
+import io
+import logging
+import platform
+import random
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import fxreg
+from fxreg.capture import capture, visible_layers
+from fxreg.module import state_of
+
+from .families import FAMILIES, Family, Inputs
+from .reference import assert_same, objective
+
+PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+STRENGTH = 1e-4
+
+Run = tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor | None]]
+
+
+# What the test suite asks, too.
+
+
+def regularized(model: nn.Module, examples: Inputs, strength: float = STRENGTH) -> fx.GraphModule:
+    """The emitted module, verified: L1 on every parameter."""
+    return fxreg.transform(model, [fxreg.Rule(fxreg.l1(strength))], example_inputs=examples)
+
+
+def assert_faithful(gm: nn.Module, reference: nn.Module, examples: Inputs, strength: float = STRENGTH) -> None:
+    """An emitted module does what the hand-written loss does to another model with the same parameters."""
+    names = {name for name, p in reference.named_parameters() if p.requires_grad}
+    for training in (True, False):
+        mode = "train" if training else "eval"
+        ours = _run(gm.train(training), examples, names, lambda: 0.0)
+        theirs = _run(
+            reference.train(training), examples, names, lambda: strength * sum(p.abs().sum() for p in _own(reference))
+        )
+        assert len(ours[0]) == len(theirs[0]), f"{mode} mode: {len(ours[0])} outputs instead of {len(theirs[0])}"
+        for k, (one, other) in enumerate(zip(ours[0], theirs[0], strict=True)):
+            assert _same(one, other), f"{mode} mode: output {k} differs"
+        for name, buffer in theirs[1].items():
+            assert _same(ours[1][name], buffer), f"{mode} mode: buffer {name} differs"
+        assert_same(ours[2], theirs[2], tolerance=1e-5)
+
+
+def visible(model: nn.Module, graph: fx.Graph, examples: Inputs) -> tuple[int, int]:
+    """Of the layers with parameters of their own that a forward calls in eval mode, how many a graph shows; and how
+    many there are."""
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, path=path: called.add(path))
+        for path, module in model.named_modules()
+        if module._parameters
+    ]
+    with torch.no_grad():
+        model.eval()(**examples)
+    for hook in hooks:
+        hook.remove()
+    return len(called & visible_layers(model, graph)), len(called)
+
+
+def graph_breaks(module: nn.Module, examples: Inputs) -> tuple[int, list[str]]:
+    """How often Dynamo breaks the graph of a call, and why."""
+    torch._dynamo.reset()
+    try:
+        with _silence():
+            found = torch._dynamo.explain(module)(**examples)
+        return max(found.graph_break_count, 0), [str(reason.reason) for reason in found.break_reasons]
+    finally:
+        torch._dynamo.reset()
+
+
+def all_tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of an output, those of its caches among them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from all_tensors(part)
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
+        yield from all_tensors(vars(value))
+
+
+def _run(module: nn.Module, examples: Inputs, names: set[str], penalty: Callable[[], Any]) -> Run:
+    """Outputs, buffers and gradients of one training step on the loss that the model returns, or on its outputs."""
+    torch.manual_seed(3)
+    random.seed(3)
+    output = module(**examples)
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        loss = objective(tuple(t for t in all_tensors(output) if t.requires_grad))
+    parameters = {name: p for name, p in module.named_parameters() if name in names}
+    found = torch.autograd.grad(loss + penalty(), list(parameters.values()), allow_unused=True)
+    outputs = [t.detach() for t in all_tensors(output)]
+    return outputs, dict(module.named_buffers()), dict(zip(parameters, found, strict=True))
+
+
+def _own(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+# The page.
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found for one family.
+
+    Attributes:
+        seen: how many of the layers are visible.
+        opaque: the regions that hide layers or own no parameters, and why they stayed whole.
+        error: why it is not faithful; "" if it is.
+        model_breaks: graph breaks of the model; -1 where Dynamo failed.
+        our_breaks: those of the emitted module.
+        reasons: of its graph breaks.
+    """
+
+    name: str
+    kind: str
+    seen: int
+    layers: int
+    opaque: dict[str, str]
+    error: str
+    model_breaks: int
+    our_breaks: int
+    reasons: list[str]
+
+    @property
+    def breaks_more(self) -> bool:
+        return self.our_breaks > self.model_breaks >= 0 or (self.our_breaks < 0 <= self.model_breaks)
+
+
+def measure(family: Family) -> Row:
+    model, examples = family.make()
+    error = ""
+    ours: tuple[int, list[str]] = (-1, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            gm = regularized(model, examples)
+            captured = state_of(gm).captured
+            assert_faithful(gm, *family.make())
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        if error:
+            model, examples = family.make()
+            captured = capture(model, examples)
+        else:
+            ours = _tried(gm.train(), examples)
+        theirs = _tried(*family.make())
+        seen, layers = visible(*_reordered(family, captured.graph))
+    opaque = {path: why for path, why in captured.opaque.items() if _matters(model.get_submodule(path))}
+    return Row(family.name, family.kind, seen, layers, opaque, error, theirs[0], ours[0], ours[1])
+
+
+def _reordered(family: Family, graph: fx.Graph) -> tuple[nn.Module, fx.Graph, Inputs]:
+    model, examples = family.make()
+    return model, graph, examples
+
+
+def _tried(module: nn.Module, examples: Inputs) -> tuple[int, list[str]]:
+    try:
+        return graph_breaks(module, examples)
+    except Exception as failure:
+        return -1, [f"{type(failure).__name__}: {failure}"]
+
+
+def _matters(module: nn.Module) -> bool:
+    """Whether a region hides layers, or owns no parameters: a layer that is called as a whole is itself visible."""
+    below = any(m._parameters for m in module.modules() if m is not module)
+    return below or not module._parameters
+
+
+def page(rows: Sequence[Row]) -> str:
+    import transformers
+
+    lines = [
+        "# What capture sees of real models",
+        "",
+        f"For {len(rows)} tiny, randomly initialized models, each of another family of `transformers`: how many of the "
+        "layers that own parameters the emitted graph shows, which regions stay whole and why, whether training it is "
+        "training the hand-written loss, and how often Dynamo breaks it. Written by `python -m tests.coverage` with "
+        f"Python {platform.python_version()}, torch {torch.__version__} and transformers {transformers.__version__}.",
+        "",
+        "- *layers*: of those that a forward calls in eval mode, how many are visible: called, or their parameters "
+        "read, by the graph.",
+        "- *opaque regions*: called as a whole. A layer without others inside is visible even so, and is left out.",
+        f"- *faithful*: with `l1({STRENGTH:g})` on every parameter, outputs and buffers are bitwise those of the "
+        "model, in train and in eval mode, and gradients those of the hand-written loss on another model.",
+        "- *breaks*: graph breaks in train mode, of the model → of the emitted module.",
+        "",
+        "| family | kind | layers | opaque regions | faithful | breaks |",
+        "|---|---|--:|---|---|--:|",
+    ]
+    for row in rows:
+        cells = (row.name, row.kind, f"{row.seen} of {row.layers}", _regions(row.opaque), _short(row.error, 200))
+        counts = (str(n) if n >= 0 else "–" for n in (row.model_breaks, row.our_breaks))
+        lines.append("| " + " | ".join([*cells[:4], cells[4] or "yes", " → ".join(counts)]) + " |")
+    seen, layers = sum(row.seen for row in rows), sum(row.layers for row in rows)
+    worse = [row for row in rows if row.breaks_more]
+    lines += [
+        "",
+        "## Totals",
+        "",
+        f"- Layers visible: {seen:,} of {layers:,} ({100 * seen / layers:.1f} %); all of them in "
+        f"{sum(row.seen == row.layers for row in rows)} families, none in {sum(row.seen == 0 for row in rows)}.",
+        f"- Faithful: {sum(not row.error for row in rows)} of {len(rows)} families.",
+        "- Families where fxreg breaks more often than the model: "
+        + (", ".join(f"{r.name} ({r.model_breaks} → {r.our_breaks})" for r in worse) or "none")
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _regions(opaque: Mapping[str, str]) -> str:
+    """Paths that differ in numbers alone as one, and those with the same reason together."""
+    groups: dict[str, Counter[str]] = {}
+    for path, why in opaque.items():
+        groups.setdefault(why, Counter())[re.sub(r"\b\d+\b", "*", path)] += 1
+    return "; ".join(f"{_paths(paths)}: {_short(why, 110)}" for why, paths in groups.items())
+
+
+def _paths(paths: Mapping[str, int]) -> str:
+    each = [(f"`{path}`" if path else "the model itself") + (f" ×{n}" if n > 1 else "") for path, n in paths.items()]
+    return ", ".join(each[:3]) + (f" and {len(each) - 3} more" if len(each) > 3 else "")
+
+
+def _short(text: str, most: int) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def main(names: Iterable[str]) -> None:
+    torch.set_num_threads(1)
+    chosen = [family for family in FAMILIES if not names or family.name in names]
+    if unknown := set(names) - {family.name for family in chosen}:
+        sys.exit(f"no such family: {', '.join(sorted(unknown))}")
+    rows = []
+    for k, family in enumerate(chosen, 1):
+        start = time.perf_counter()
+        rows.append(row := measure(family))
+        took = time.perf_counter() - start
+        print(
+            f"{k}/{len(chosen)} {family.name}: {row.seen} of {row.layers}, {row.error or 'faithful'}, "
+            f"{row.model_breaks} → {row.our_breaks} breaks, {took:.1f} s",
+            file=sys.stderr,
+        )
+    if names:
+        print(page(rows))
+    else:
+        PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
