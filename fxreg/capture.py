@@ -12,11 +12,12 @@ from . import calls
 from .captured import Captured
 from .deepening import deepen
 from .errors import CaptureError
+from .layers import whole_reason
 from .module import CHILD, RegularizedModule
 from .proxies import TracedValue, Untraceable
 from .side_channels import has_hooks
 from .staleness import remember
-from .tracing import SoundTracer, whole_reason
+from .tracing import SoundTracer
 
 Examples: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 

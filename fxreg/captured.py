@@ -4,8 +4,9 @@ Whether what a recorded graph assumes still holds is asked before anything else 
 nothing: the emitted module then runs its other graph, which assumes nothing.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +40,13 @@ class Captured:
     def needs_model(self) -> bool:
         """Whether the original model's own forward may run."""
         return "" in self.opaque or (self.otherwise is not None and self.otherwise.needs_model)
+
+    def instead(self, difference: str) -> "Captured":
+        """The same, with a note that a recording was not right."""
+        opaque = {
+            path: f"{reason}; recorded, it was not the model: {difference}" for path, reason in self.opaque.items()
+        }
+        return replace(self, opaque=opaque)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "graph": written(self.graph)}
@@ -96,10 +104,9 @@ class Assumed:
 
 
 def kinds_of(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The data types and devices of the arguments and of the first parameter, and whether autocast is on."""
-    first = next(model.parameters(), None)
-    tensors = [*(a for a in arguments if isinstance(a, Tensor)), *(() if first is None else (first,))]
-    return (torch._C._is_any_autocast_enabled(), *((t.dtype, t.device) for t in tensors))
+    """The data types and devices of arguments, parameters and buffers, and whether autocast is on."""
+    tensors = itertools.chain((a for a in arguments if isinstance(a, Tensor)), model.parameters(), model.buffers())
+    return (torch._C._is_any_autocast_enabled(), *[(tensor.dtype, tensor.device) for tensor in tensors])
 
 
 def joined(

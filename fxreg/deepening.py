@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from .captured import Assumed, Captured, joined, kinds_of
+from .layers import described
 from .merging import differing, merged
 from .module import CHILD
 from .proxies import Untraceable
@@ -18,12 +19,11 @@ from .scanning import global_objects
 from .snapshots import borrowed, iterator_kept
 from .staleness import remember
 from .structure import fresh, likeness, map_tensors
-from .tracing import described
 
 _TRIES = 40
 
 
-class _Again(Exception):
+class _Again(Exception):  # noqa: N818  not an error
     """Some modules must stay whole: for their paths, why."""
 
     def __init__(self, forced: dict[str, str]) -> None:
@@ -68,54 +68,52 @@ class _Session:
         self.watches = False
 
     def recorded(self) -> Captured:
-        first = self._run(training=True)
-        self._agree(first, self._run(training=True), numbers=True)
-        graph, questions, answers, asks_values = first.graph, first.questions, first.answers, first.asks_values
-        modes, reads, modules = dict(first.asked.modes), dict(first.ledger.reads), dict(first.ledger.modules)
-        other = self._run(training=False)
+        first, again, other = self._run(training=True), self._run(training=True), self._run(training=False)
+        self._agree(first, again, numbers=True)
         self._agree(first, other, numbers=False)
-        graph = merged(graph, other.graph, CHILD)
-        questions, answers = joined((questions, answers), (other.questions, other.answers))
-        asks_values |= other.asks_values
-        modes |= other.asked.modes
-        reads |= other.ledger.reads
-        modules |= other.ledger.modules
+        asked = [one.writer.questions() for one in (first, other)]
+        graph = merged(first.writer.graph, other.writer.graph, CHILD)
+        questions, answers = joined(asked[0][:2], asked[1][:2])
+        modes = first.asked.modes | other.asked.modes
         values = tuple(self.arguments.values())
-        kinds = kinds_of(self.model, values) if first.asked.kinds else None
         assumed = Assumed(
-            tuple(map(likeness, values)), tuple(modes), kinds, questions, answers, asks_values, first.kept
+            arguments=tuple(map(likeness, values)),
+            modes=tuple(modes),
+            kinds=kinds_of(self.model, values) if first.asked.kinds or other.asked.kinds else None,
+            questions=questions,
+            answers=answers,
+            asks_values=asked[0][2] or asked[1][2],
+            kept=first.writer.kept,
         )
+        modules = first.ledger.modules | other.ledger.modules
+        reads = first.ledger.reads | other.ledger.reads
         return Captured(graph, first.opaque, remember(self.model, modules, reads.items()), assumed)
 
     def _agree(self, one: Recorder, other: Recorder, numbers: bool) -> None:
         if missing := one.opaque.keys() ^ other.opaque.keys():
             raise _Again({path: one.opaque.get(path, other.opaque.get(path, "")) for path in missing})
         what = "differs from one call to the next" if numbers else "does other things in training than in evaluation"
-        if found := differing(one.graph, other.graph, numbers):
+        if found := differing(one.writer.graph, other.writer.graph, numbers):
             raise _Again(dict.fromkeys(found, what))
 
     def _run(self, training: bool) -> Recorder:
         """One recording, in one mode; the model is left as it was."""
         with borrowed(self.model, training=training) as reset:
-            recorder, changed = self._record()
-            if changed and not self.watches:
+            recorder = self._record()
+            if recorder.changed() and not self.watches:
                 reset()
                 self.watches = True
-                recorder, _ = self._record()
+                recorder = self._record()
         if misled := recorder.ledger.misled(recorder.state):
             raise _Again(misled)
         return recorder
 
-    def _record(self) -> tuple[Recorder, bool]:
+    def _record(self) -> Recorder:
         recorder = Recorder(self.model, f"{CHILD}.model", self.forced, self.also, self.watches)
-        arguments = map_tensors(fresh, self.arguments)
-        nodes = self.place(recorder.graph)
-        for name, value in arguments.items():
-            arguments[name] = recorder.learn(value, nodes[name])
         try:
-            changed = recorder.record(lambda: self.call(arguments))
+            recorder.record(self.place, map_tensors(fresh, self.arguments), self.call)
         except Untraceable:
             raise
         except Exception as error:
-            raise _Again(dict(recorder.failed) or {"": described(error)}) from error
-        return recorder, changed
+            raise _Again(recorder.failed or {"": described(error)}) from error
+        return recorder

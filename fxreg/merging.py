@@ -13,7 +13,7 @@ from torch import fx
 from . import calls
 
 
-class _OtherShape(Exception):
+class _OtherShape(Exception):  # noqa: N818  not an error
     """Two arguments are not built alike."""
 
 

@@ -1,16 +1,19 @@
 """Noticing that a model is no longer what was captured: what a graph holds as it was is compared before each call."""
 
+import functools
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import CaptureError
 from .side_channels import HOOKS
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.ModuleType, functools.partial)
 _UNKNOWN = ...
 
 
@@ -41,9 +44,13 @@ def remember(
     """What to compare later: of the root, of the traced modules by path, and of what they read."""
     modules = modules or {}
     values: dict[str, dict[str, Any]] = {path: {} for path in ("", *modules)}
+    objects: set[int] = set()  # one object, a configuration say, may be everybody's: once is enough
     for (_, path, name), value in reads:
-        if (frozen := _frozen(value)) is not _UNKNOWN:
-            values.setdefault(path, {})[name] = frozen
+        if id(value) in objects or (frozen := _frozen(value)) is _UNKNOWN:
+            continue
+        values.setdefault(path, {})[name] = frozen
+        if isinstance(frozen, _Attributes):
+            objects.add(id(value))
     return tuple(
         Remembered(
             tuple(path.split(".")) if path else (),
@@ -116,11 +123,19 @@ def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+class _Attributes(tuple[Any, ...]):
+    """The plain attributes of an object, names and values in turn."""
+
+
 def _frozen(value: Any) -> Any:
-    """A plain value, or plain values in tuples for the lists and dicts that held them; otherwise an ellipsis."""
+    """A plain value, plain values in tuples for the lists and dicts that held them, or the plain attributes of an
+    object; otherwise an ellipsis."""
     kind = type(value)
     if kind in _SCALARS:
         return value
+    own = getattr(value, "__dict__", None)
+    if type(own) is dict and not isinstance(value, (nn.Module, Tensor, type, *_FUNCTIONS)):
+        return _Attributes([part for pair in own.items() if type(pair[1]) in _SCALARS for part in pair])
     if kind is dict:
         value = [part for pair in value.items() for part in pair]
     elif kind not in (list, tuple):
@@ -134,6 +149,6 @@ def _alike(now: Any, then: Any) -> bool:
         return True
     if type(now) is not type(then):
         return False
-    if type(now) is tuple:
+    if isinstance(now, tuple):
         return len(now) == len(then) and all(map(_alike, now, then))
     return bool(now == then or now != now)  # noqa: PLR0124  what is not itself is not a number

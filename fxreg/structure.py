@@ -172,3 +172,25 @@ def likeness(value: Any) -> Any:
     if isinstance(value, dict):
         return (kind, *((name, likeness(one)) for name, one in value.items()))
     return kind
+
+
+def held(value: Any) -> Any:
+    """Arguments as they are now: the containers among them may change later."""
+    kind = type(value)
+    if kind in (tuple, list):
+        return kind([held(one) for one in value])
+    return {key: held(one) for key, one in value.items()} if kind is dict else value
+
+
+def differs(held: Any, now: Any) -> bool:
+    """Whether containers among arguments have changed since they were held."""
+    if type(now) in (tuple, list):
+        return len(held) != len(now) or any(map(differs, held, now))
+    if type(now) is dict:
+        return list(held) != list(now) or any(map(differs, held.values(), now.values()))
+    return held is not now
+
+
+def holds_mutable(values: Any) -> bool:
+    """Whether there are containers among arguments that could be written to."""
+    return any(type(v) in (list, dict, set) or (type(v) is tuple and holds_mutable(v)) for v in values)

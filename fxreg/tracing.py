@@ -17,23 +17,20 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import immutable_collections
-from torch.nn.modules import module as module_globals
 from torch.overrides import TorchFunctionMode
 
 from .calls import expect_tensor
 from .interception import intercepted
+from .layers import ambient_state, described, is_layer, tensor_paths, whole_reason
 from .proxies import TracedValue, Untraceable, holds_proxy
-from .scanning import asks_for_none, untraceable_reason
-from .side_channels import HOOKS, Ledger, has_hooks, shorten
+from .scanning import asks_for_none
+from .side_channels import Ledger, shorten
 from .snapshots import Snapshot, rng_state, set_rng_state
 
-_LAYERS = ("torch.nn.modules.", "torch.nn.utils.parametrize", "torch.ao.nn.")
 _CONTAINERS = (
     tuple, list, dict, torch.Size, immutable_collections.immutable_list, immutable_collections.immutable_dict
 )  # fmt: skip
 _PLAIN = {tuple, list, dict, bool, int, float, str, type(None)}
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _ACCEPT_NONE = {operator.eq, operator.ne, operator.is_, operator.is_not, operator.contains}
 
 
@@ -84,7 +81,7 @@ class SoundTracer(fx.Tracer):
 
     @functools.cached_property
     def _tensors(self) -> dict[int, str]:
-        return _tensor_paths(self._paths, self._root_alias)
+        return tensor_paths(self._paths, self._root_alias)
 
     # What the forward asks of its values.
 
@@ -138,7 +135,7 @@ class SoundTracer(fx.Tracer):
         self.check_poison()
         if threading.get_ident() != self.thread:
             self.give_up("runs part of itself in another thread")
-        if _ambient_state() != self._ambient:
+        if ambient_state() != self._ambient:
             self.give_up("runs part of itself in another grad, autocast or inference mode")
         node = self.graph.create_node(*args, **kwargs)
         node.meta["nn_module_stack"] = dict(self._scope[-1][1])
@@ -322,7 +319,7 @@ class SoundTracer(fx.Tracer):
         """Run the root's forward under all patches and return what it returned; raises if it cannot be traced."""
         self.state, self._rng = Snapshot(self._paths), rng_state()
         with intercepted(self):
-            self._ambient = _ambient_state()
+            self._ambient = ambient_state()
             try:
                 return self.run_traced(self.root, "", run, (), {})
             except Exception as error:
@@ -330,39 +327,6 @@ class SoundTracer(fx.Tracer):
             finally:
                 with torch._C.DisableTorchFunction():
                     self.side_effect = self._put_back() or self._suspicion
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own layers: what people know the model by, and nodes of their own."""
-    return type(module).__module__.startswith(_LAYERS) and type(module) is not nn.Sequential
-
-
-def is_plain_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch's in which nothing of the user's runs."""
-    return is_layer(module) and not module._modules and not has_hooks(module)
-
-
-def whole_reason(module: nn.Module, runs: bool = False) -> str | None:
-    """Why a module must be called as a whole before anything is tried, if it must.
-
-    Its code is not asked where it `runs` for real.
-    """
-    if isinstance(module, torch.jit.ScriptModule):
-        return "is a scripted module"
-    own = vars(module)
-    if any(own[hooks] for hooks in HOOKS):
-        return "has hooks"
-    if "forward" in own or "__call__" in own:
-        return "has a forward of its own instance"
-    if any(getattr(module_globals, hooks) for hooks in _GLOBAL_HOOKS):
-        return "global module hooks are registered"
-    if isinstance(module, fx.GraphModule):
-        return None
-    if type(module).__call__ is not nn.Module.__call__:
-        return "overrides __call__"
-    if type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential | fx.GraphModule):
-        return f"is torch's {type(module).__name__}"
-    return None if runs else untraceable_reason(module)
 
 
 def _holds_mutable(values: Iterable[Any]) -> bool:
@@ -385,28 +349,3 @@ def _enforces_tensor(node: fx.Node) -> bool:
             ):
                 return True
     return False
-
-
-def _ambient_state() -> tuple[object, ...]:
-    return (torch._C.is_grad_enabled(), torch._C.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled())
-
-
-def _tensor_paths(paths: dict[nn.Module, str], root_alias: str) -> dict[int, str]:
-    """Where the emitted module finds every tensor that a module keeps, by identity."""
-    found: dict[int, str] = {}
-    ambiguous: set[int] = set()  # one tensor under two attributes: which of them was read?
-    for module, path in paths.items():
-        for attributes in (vars(module), module._buffers, module._parameters):
-            # The emitted module has the root's parameters and buffers; its plain attributes stay with the original.
-            owner = path or (root_alias if attributes is vars(module) else "")
-            for name, value in attributes.items():
-                if isinstance(value, Tensor):
-                    if id(value) in found and attributes is vars(module):
-                        ambiguous.add(id(value))
-                    found[id(value)] = f"{owner}.{name}" if owner else name
-    return {identity: path for identity, path in found.items() if identity not in ambiguous}
-
-
-def described(error: BaseException) -> str:
-    """An error as a short reason."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"

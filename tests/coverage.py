@@ -76,13 +76,27 @@ def visible(model: nn.Module, graph: fx.Graph, examples: Inputs) -> tuple[int, i
     return len(called & visible_layers(model, graph)), len(called)
 
 
-def graph_breaks(module: nn.Module, examples: Inputs) -> tuple[int, list[str]]:
-    """How often Dynamo breaks the graph of a call, and why."""
+@dataclass(frozen=True)
+class Breaks:
+    """How often Dynamo breaks the graph of a call.
+
+    Attributes:
+        count: of graphs, less one; -1 where Dynamo failed.
+        reasons: one for each place where it broke one.
+    """
+
+    count: int
+    reasons: tuple[str, ...]
+
+
+def graph_breaks(module: nn.Module, examples: Inputs) -> Breaks:
     torch._dynamo.reset()
     try:
         with _silence():
             found = torch._dynamo.explain(module)(**examples)
-        return max(found.graph_break_count, 0), [str(reason.reason) for reason in found.break_reasons]
+        return Breaks(max(found.graph_break_count, 0), tuple(str(each.reason) for each in found.break_reasons))
+    except Exception as failure:
+        return Breaks(-1, (f"{type(failure).__name__}: {failure}",))
     finally:
         torch._dynamo.reset()
 
@@ -118,7 +132,7 @@ def _own(model: nn.Module) -> list[nn.Parameter]:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     alike = one.dtype == other.dtype and one.shape == other.shape
-    return alike and bool(((one == other) | ((one != one) & (other != other))).all())
+    return alike and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 @contextlib.contextmanager
@@ -142,9 +156,8 @@ class Row:
         seen: how many of the layers are visible.
         opaque: the regions that hide layers or own no parameters, and why they stayed whole.
         error: why it is not faithful; "" if it is.
-        model_breaks: graph breaks of the model; -1 where Dynamo failed.
-        our_breaks: those of the emitted module.
-        reasons: of its graph breaks.
+        theirs: the model's graph breaks.
+        ours: the emitted module's.
     """
 
     name: str
@@ -153,48 +166,35 @@ class Row:
     layers: int
     opaque: dict[str, str]
     error: str
-    model_breaks: int
-    our_breaks: int
-    reasons: list[str]
+    theirs: Breaks
+    ours: Breaks
 
     @property
     def breaks_more(self) -> bool:
-        return self.our_breaks > self.model_breaks >= 0 or (self.our_breaks < 0 <= self.model_breaks)
+        """Whether it breaks where the model does not. What breaks no more often may still be one graph more: the
+        penalty's, after the model's last break."""
+        return len(self.ours.reasons) > len(self.theirs.reasons) or (self.ours.count < 0 <= self.theirs.count)
 
 
 def measure(family: Family) -> Row:
     model, examples = family.make()
-    error = ""
-    ours: tuple[int, list[str]] = (-1, [])
+    error, ours = "", Breaks(-1, ())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             gm = regularized(model, examples)
             captured = state_of(gm).captured
             assert_faithful(gm, *family.make())
+            ours = graph_breaks(gm.train(), examples)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
-        if error:
             model, examples = family.make()
             captured = capture(model, examples)
-        else:
-            ours = _tried(gm.train(), examples)
-        theirs = _tried(*family.make())
-        seen, layers = visible(*_reordered(family, captured.graph))
+        theirs = graph_breaks(*family.make())
+        model, examples = family.make()
+        seen, layers = visible(model, captured.graph, examples)
     opaque = {path: why for path, why in captured.opaque.items() if _matters(model.get_submodule(path))}
-    return Row(family.name, family.kind, seen, layers, opaque, error, theirs[0], ours[0], ours[1])
-
-
-def _reordered(family: Family, graph: fx.Graph) -> tuple[nn.Module, fx.Graph, Inputs]:
-    model, examples = family.make()
-    return model, graph, examples
-
-
-def _tried(module: nn.Module, examples: Inputs) -> tuple[int, list[str]]:
-    try:
-        return graph_breaks(module, examples)
-    except Exception as failure:
-        return -1, [f"{type(failure).__name__}: {failure}"]
+    return Row(family.name, family.kind, seen, layers, opaque, error, theirs, ours)
 
 
 def _matters(module: nn.Module) -> bool:
@@ -219,29 +219,34 @@ def page(rows: Sequence[Row]) -> str:
         "- *opaque regions*: called as a whole. A layer without others inside is visible even so, and is left out.",
         f"- *faithful*: with `l1({STRENGTH:g})` on every parameter, outputs and buffers are bitwise those of the "
         "model, in train and in eval mode, and gradients those of the hand-written loss on another model.",
-        "- *breaks*: graph breaks in train mode, of the model → of the emitted module.",
+        "- *breaks*: graph breaks in train mode, of the model → of the emitted module; – where Dynamo fails.",
         "",
         "| family | kind | layers | opaque regions | faithful | breaks |",
         "|---|---|--:|---|---|--:|",
     ]
     for row in rows:
         cells = (row.name, row.kind, f"{row.seen} of {row.layers}", _regions(row.opaque), _short(row.error, 200))
-        counts = (str(n) if n >= 0 else "–" for n in (row.model_breaks, row.our_breaks))
+        counts = (str(each.count) if each.count >= 0 else "–" for each in (row.theirs, row.ours))
         lines.append("| " + " | ".join([*cells[:4], cells[4] or "yes", " → ".join(counts)]) + " |")
     seen, layers = sum(row.seen for row in rows), sum(row.layers for row in rows)
     worse = [row for row in rows if row.breaks_more]
+    longer = [row for row in rows if row.ours.count > row.theirs.count >= 0 and not row.breaks_more]
     lines += [
         "",
         "## Totals",
         "",
-        f"- Layers visible: {seen:,} of {layers:,} ({100 * seen / layers:.1f} %); all of them in "
+        f"- Layers visible: {seen:,} of {layers:,} ({100 * seen / layers:.1f} %). All of them in "
         f"{sum(row.seen == row.layers for row in rows)} families, none in {sum(row.seen == 0 for row in rows)}.",
         f"- Faithful: {sum(not row.error for row in rows)} of {len(rows)} families.",
-        "- Families where fxreg breaks more often than the model: "
-        + (", ".join(f"{r.name} ({r.model_breaks} → {r.our_breaks})" for r in worse) or "none")
-        + ".",
+        f"- Families where fxreg breaks more often than the model: {len(worse)}." + _listed(worse),
+        f"- Families where it breaks no more often, but the penalty, after the model's last break, is a graph more: "
+        f"{len(longer)}." + _listed(longer),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    return f" {', '.join(row.name for row in rows)}." if rows else ""
 
 
 def _regions(opaque: Mapping[str, str]) -> str:
@@ -274,7 +279,7 @@ def main(names: Iterable[str]) -> None:
         took = time.perf_counter() - start
         print(
             f"{k}/{len(chosen)} {family.name}: {row.seen} of {row.layers}, {row.error or 'faithful'}, "
-            f"{row.model_breaks} → {row.our_breaks} breaks, {took:.1f} s",
+            f"{row.theirs.count} → {row.ours.count} breaks, {took:.1f} s",
             file=sys.stderr,
         )
     if names:

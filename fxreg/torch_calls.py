@@ -1,0 +1,123 @@
+"""Torch functions, methods and properties, as a recorder meets them: what each is to a graph."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import is_tensor_method_or_property
+
+SIZES = {"shape", "size", "numel", "nelement", "__len__"}
+RANKS = {"dim", "ndim", "ndimension"}
+KINDS = {
+    "dtype", "is_floating_point", "is_complex", "element_size", "itemsize", "layout", "is_sparse", "is_quantized",
+    "is_nested", "is_tensor", "result_type", "is_signed", "is_mkldnn", "is_sparse_csr", "device", "is_cuda", "is_cpu",
+    "is_meta", "is_mps", "is_xpu", "get_device",
+}  # fmt: skip
+"""Questions whose answers follow from the data types and devices of arguments and parameters."""
+
+DECISIONS = {"__bool__", "__contains__", "item", "is_nonzero", "equal", "allclose"}
+"""Questions about values that a forward branches on."""
+
+SILENT = {"_set_grad_enabled"}
+"""What these change is noticed at the next call."""
+
+_REFUSED = {
+    "backward", "register_hook", "retain_grad", "requires_grad_", "detach_", "resize_", "resize_as_", "set_", "seed",
+    "share_memory_", "data", "grad", "register_post_accumulate_grad_hook", "__deepcopy__", "manual_seed", "apply_",
+    "map_", "storage", "__set__",
+}  # fmt: skip
+_OPERATORS = {
+    f"__{name}__": getattr(operator, name)
+    for name in (
+        "getitem", "setitem", "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod",
+        "pow", "matmul", "xor", "neg", "invert", "lshift", "rshift", "iadd", "isub", "imul", "itruediv", "ifloordiv",
+        "imod", "ipow", "iand", "ior", "ixor",
+    )
+} | {"__and__": operator.and_, "__or__": operator.or_}  # fmt: skip
+_REVERSED = {
+    f"__r{name}__": getattr(operator, name)
+    for name in ("sub", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift")
+}
+_PURE = {
+    "getitem", "all", "any", "eq", "ne", "lt", "le", "gt", "ge", "sum", "min", "max", "amin", "amax", "bool", "to",
+    "long", "int", "float", "isnan", "isinf", "logical_not", "logical_and", "logical_or", "invert", "size", "view",
+    "reshape", "flatten", "unsqueeze", "squeeze", "expand", "cumsum", "diff", "add", "sub", "mul", "unpack", "ones",
+    "zeros", "arange", "full", "ones_like", "zeros_like", "contiguous", "type", "where", "and_", "or_", "not_",
+    "masked_fill", "transpose", "permute", "clone", "detach", "new_ones", "new_zeros", "__invert__", "__and__",
+    "__or__", "abs", "count_nonzero", "floordiv", "truediv", "mod", "pow", "neg", "clamp", "isin", "item", "contains",
+}  # fmt: skip
+
+
+def name_of(function: Any) -> str:
+    """The name of a function, method or property."""
+    name = str(getattr(function, "__name__", ""))
+    return str(function.__self__.__name__) if name == "__get__" else name
+
+
+def is_refused(function: Any, name: str) -> bool:
+    """Whether a call does something to autograd, to storage or to a generator that a graph cannot hold."""
+    return name in _REFUSED or (getattr(function, "__module__", None) or "").startswith("torch.autograd")
+
+
+def is_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def as_node(function: Any, name: str, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
+    """The operation, target and arguments of the node for a call."""
+    if function is bool:
+        return "call_function", bool, args, {}
+    if getattr(function, "__name__", "") == "__get__":
+        return "call_function", getattr, (args[0], name), {}
+    if is_tensor_method_or_property(function):
+        if name in _OPERATORS:
+            return "call_function", _OPERATORS[name], args, kwargs
+        if name in _REVERSED:
+            return "call_function", _REVERSED[name], (args[1], args[0]), kwargs
+        return "call_method", name, args, kwargs
+    return "call_function", function, args, kwargs
+
+
+def holds_only_tensors(value: Any) -> bool:
+    """Whether a result is a tensor, or tensors in lists and tuples."""
+    if isinstance(value, tuple | list):
+        return len(value) > 0 and all(one is None or holds_only_tensors(one) for one in value)
+    return isinstance(value, Tensor)
+
+
+def is_certain(node: Any) -> bool:
+    """Whether a node asks if what was drawn from [0, 1) is negative: a layer that is dropped with probability 0."""
+    if node.target != "lt" or not isinstance(node.args[0], fx.Node) or isinstance(node.args[1], fx.Node):
+        return False
+    return node.args[0].target is torch.rand and node.args[1] <= 0
+
+
+def is_known_at_once(*nodes: fx.Node) -> bool:
+    """Whether what nodes give follows from the placeholders alone, and asking for it does nothing else."""
+    return all(one.op == "placeholder" or _is_pure(one) for node in nodes for one in cone(node))
+
+
+def nodes_in(arguments: Any) -> list[fx.Node]:
+    """Every node among arguments."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return found
+
+
+def cone(node: fx.Node) -> set[fx.Node]:
+    """A node, and all that it depends on."""
+    found, waiting = set[fx.Node](), [node]
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found.add(one)
+            waiting += one.all_input_nodes
+    return found
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return name in _PURE and not node.kwargs.get("out")

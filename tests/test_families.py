@@ -1,0 +1,75 @@
+"""Real models: a part of the zoo, with every kind of model in it; docs/coverage.md has it for all of the zoo."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import fxreg
+from fxreg.capture import capture
+
+from .coverage import all_tensors, assert_faithful, regularized, visible
+from .families import FAMILIES, KINDS, Inputs
+
+ZOO = {family.name: family for family in FAMILIES}
+TESTED = (
+    *("albert", "bert"),
+)  # fmt: skip
+COMPILED = ("albert", "bert")
+WITH_INDUCTOR = ("albert",)
+VISIBLE = 0.50
+STRENGTH = 0.01  # shows in every gradient
+
+# What transformers itself does, and Dynamo, looking at its inputs after a graph break.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+
+def test_the_zoo_has_models_of_every_kind() -> None:
+    assert len(set(TESTED)) == len(TESTED) >= 60
+    assert {ZOO[name].kind for name in TESTED} == set(KINDS)
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_a_real_model_trains_on_the_hand_written_loss(name: str) -> None:
+    gm = regularized(*ZOO[name].make(), STRENGTH)
+    assert fxreg.explain(gm).verified
+    assert_faithful(gm, *ZOO[name].make(), STRENGTH)
+
+
+def test_capture_sees_as_many_layers_as_it_did() -> None:
+    seen = layers = 0
+    for name in TESTED:
+        model, examples = ZOO[name].make()
+        found = visible(model, capture(model, examples).graph, examples)
+        seen, layers = seen + found[0], layers + found[1]
+    assert seen >= VISIBLE * layers, f"{seen} of {layers}"
+
+
+def _breaks(module: torch.nn.Module, examples: Inputs) -> int:
+    """How often Dynamo breaks the graph of a training step."""
+    torch.compiler.reset()
+    counters.clear()
+    output = torch.compile(module, backend="aot_eager")(**examples)
+    sum(tensor.sum() for tensor in all_tensors(output) if tensor.requires_grad).backward()
+    return sum(counters["graph_break"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_real_model_compiles_with_no_more_graph_breaks_than_without_rules(name: str) -> None:
+    model, examples = ZOO[name].make()
+    assert _breaks(regularized(model, examples), examples) <= _breaks(*ZOO[name].make())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_INDUCTOR)
+def test_a_real_model_compiled_with_inductor_is_close_to_eager(name: str) -> None:
+    model, examples = ZOO[name].make()
+    gm = regularized(model, examples, STRENGTH).eval()  # Inductor draws its own dropout masks
+    parameters = [p for p in gm.parameters() if p.requires_grad]
+    eager, compiled = gm(**examples), torch.compile(gm)(**examples)
+    for one, other in zip(all_tensors(eager), all_tensors(compiled), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+    for one, other in zip(*(torch.autograd.grad(o.loss, parameters) for o in (eager, compiled)), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
