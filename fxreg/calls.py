@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree  # private by name only: what torch.ex
 
 from .errors import CaptureError, FxregError
 from .operators import attach as _attach_operator
-from .structure import Hole, likeness, map_tensors, replace_field, tensors
+from .structure import follow, likeness, map_tensors, replace_field, tensors
 
 
 def call_model(
@@ -176,9 +176,9 @@ def by_mode(training: bool, one: Any, other: Any) -> Any:
     return one if training else other
 
 
-def fill(skeleton: Any, parts: list[Any]) -> Any:
-    """A new object after a skeleton."""
-    return map_tensors(lambda hole: parts[hole.position], skeleton, (Hole,))
+def make(recipe: Any, parts: list[Any]) -> Any:
+    """A new object, of the kind that the forward made when it was recorded."""
+    return follow(recipe, parts)
 
 
 def unpack(value: Any, count: int) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import keyword
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -207,8 +208,7 @@ class _Lowering:
             result = self.output.args[0]
             match self.emit:
                 case "backward" if terms:
-                    scale = self._read("", "loss_scale")
-                    result = self._insert("", "call_function", calls.attach, (result, terms, scale))
+                    result = self._attached(result, terms)
                 case "output":
                     result = (result, self._total(terms))
                 case "loss" if terms:
@@ -218,6 +218,33 @@ class _Lowering:
                         "", "call_function", calls.add_to_loss, (result, self._total(terms), training)
                     )
         self.output.args = (result,)
+
+    def _attached(self, result: Any, terms: list[fx.Node]) -> Any:
+        """The output with the penalties attached. Objects that the graph itself makes are made of attached parts, so
+        that nobody needs to look for tensors in them."""
+        makers: list[fx.Node] = []
+        parts: dict[fx.Node, None] = {}
+
+        def find(node: fx.Node) -> fx.Node:
+            if isinstance(node.target, type) or node.target is calls.make:
+                fx.map_arg((node.args, node.kwargs), find)
+                makers.append(node)
+            elif node.op != "get_attr":
+                parts[node] = None
+            return node
+
+        fx.map_arg(result, find)
+        scale = self._read("", "loss_scale")
+        if not makers:
+            return self._insert("", "call_function", calls.attach, (result, terms, scale))
+        attached = self._insert("", "call_function", calls.attach, (list(parts), terms, scale))
+        new = {p: self._insert("", "call_function", operator.getitem, (attached, i)) for i, p in enumerate(parts)}
+        for maker in dict.fromkeys(makers):
+            new[maker] = self.graph.node_copy(maker, lambda node: new.get(node, node))
+        self.output.args = (fx.map_arg(result, lambda node: new.get(node, node)),)
+        for maker in reversed(dict.fromkeys(makers)):
+            self.graph.erase_node(maker)
+        return self.output.args[0]
 
     def _penalty(self, edit: Penalize) -> fx.Node:
         definition = edit.effect.definition

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,37 +20,26 @@ _INERT = (
 )  # fmt: skip
 
 
-def map_tensors(function: Callable[[Any], Any], value: Any, leaves: tuple[type, ...] = (Tensor,)) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same structure with every tensor mapped, depth first; whatever holds tensors is rebuilt, never written to.
-
-    Args:
-        leaves: the types of what is mapped, if more than tensors.
 
     Raises:
         CaptureError: an object with tensors inside that cannot be rebuilt attribute by attribute.
     """
-    return _Mapping(function, leaves).of(value)
-
-
-class Hole:
-    """Where a skeleton of a structure wants one of its parts."""
-
-    def __init__(self, position: int) -> None:
-        self.position = position
+    return _Mapping(function).of(value)
 
 
 @dataclasses.dataclass
 class _Mapping:
     """One pass over a structure. What was rebuilt is remembered, so that what was one object stays one."""
 
-    function: Callable[[Any], Any]
-    leaves: tuple[type, ...]
+    function: Callable[[Tensor], Tensor]
     done: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     def of(self, value: Any) -> Any:
         if id(value) in self.done:
             return self.done[id(value)]
-        if isinstance(value, self.leaves):
+        if isinstance(value, Tensor):
             return self.function(value)
         if isinstance(value, _INERT):
             return value
@@ -59,7 +48,7 @@ class _Mapping:
             return pytree.tree_unflatten([self.of(child) for child in children], spec)
         if is_record(value):
             return self._record(value)
-        if _holds_none_of(self.leaves, value):
+        if _holds_none_of((Tensor,), value):
             return value
         if _is_plain_object(value):
             result = self.done[id(value)] = copy.copy(value)
@@ -85,10 +74,14 @@ class _Mapping:
 
 def _is_plain_object(value: Any) -> bool:
     """Whether an object is all in its attributes: a cache, a namespace, a distribution."""
-    kind = type(value)
+    return isinstance(getattr(value, "__dict__", None), dict) and _is_plain_class(type(value))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_plain_class(kind: type) -> bool:
     slots = any(getattr(base, "__slots__", ()) for base in kind.__mro__)
     own_copy = any("__reduce_ex__" in vars(base) or "__copy__" in vars(base) for base in kind.__mro__[:-1])
-    return isinstance(getattr(value, "__dict__", None), dict) and not slots and not own_copy and not _is_builtin(kind)
+    return not slots and not own_copy and not _is_builtin(kind)
 
 
 def _is_builtin(kind: type) -> bool:
@@ -126,6 +119,56 @@ def replace_field(value: Any, field: str, new: Any) -> Any:
     return result
 
 
+def recipe(value: Any, leaves: tuple[type, ...], take: Callable[[Any], int]) -> Any:
+    """How to make a structure anew from its leaves, as plain data for `follow`.
+
+    Args:
+        leaves: the types of the leaves.
+        take: gives each leaf a number.
+
+    Raises:
+        CaptureError: something with leaves inside that cannot be made attribute by attribute, or that is there twice.
+    """
+    seen: set[int] = set()
+
+    def of(value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, leaves):
+            return ("part", take(value))
+        if isinstance(value, _INERT) or (kind not in (list, tuple, dict) and _holds_none_of(leaves, value)):
+            return ("same", value)
+        if id(value) in seen and kind is not tuple:
+            raise CaptureError(f"a {kind.__name__} is there twice")
+        seen.add(id(value))
+        if kind in (list, tuple):
+            return (kind.__name__, tuple(map(of, value)))
+        if kind is dict:
+            return ("dict", tuple(value), tuple(map(of, value.values())))
+        if _is_plain_object(value):
+            return ("object", kind, tuple(vars(value)), tuple(map(of, vars(value).values())))
+        raise CaptureError(f"a {kind.__module__}.{kind.__qualname__} is more than its attributes")
+
+    return of(value)
+
+
+def follow(recipe: Any, parts: Sequence[Any]) -> Any:
+    """A structure made after a recipe."""
+    kind, first, *rest = recipe
+    if kind == "part":
+        return parts[first]
+    if kind == "same":
+        return first
+    if kind in ("list", "tuple"):
+        made = [follow(one, parts) for one in first]
+        return made if kind == "list" else tuple(made)
+    if kind == "dict":
+        return {key: follow(one, parts) for key, one in zip(first, rest[0], strict=True)}
+    result = object.__new__(first)
+    for name, one in zip(*rest, strict=True):
+        setattr(result, name, follow(one, parts))
+    return result
+
+
 def _holds_none_of(leaves: tuple[type, ...], value: Any, depth: int = 4) -> bool:
     """Whether no tensor is found among an unknown object's attributes and items, a few levels down."""
     if isinstance(value, leaves):
@@ -137,13 +180,21 @@ def _holds_none_of(leaves: tuple[type, ...], value: Any, depth: int = 4) -> bool
     if isinstance(value, types.FunctionType):
         return all(_holds_none_of(leaves, one, depth - 1) for one in (*enclosed(value), *defaults(value)))
     inside = list(getattr(value, "__dict__", {}).values())
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    inside += [getattr(value, name) for name in slots if isinstance(name, str) and hasattr(value, name)]
+    inside += [getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)]
     if isinstance(value, dict):
         inside += value.values()
     elif isinstance(value, list | tuple | set | frozenset):
         inside += value
-    return all(_holds_none_of(leaves, one, depth - 1) for one in inside)
+    for one in inside:  # noqa: SIM110  Dynamo breaks its graph in a generator expression
+        if not _holds_none_of(leaves, one, depth - 1):
+            return False
+    return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _slots(kind: type) -> tuple[str, ...]:
+    names = (name for base in kind.__mro__ for name in getattr(base, "__slots__", ()))
+    return tuple(name for name in names if isinstance(name, str))
 
 
 def is_record(value: Any) -> bool:

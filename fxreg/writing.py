@@ -1,6 +1,5 @@
 """The graph that a recorder writes, and which of its nodes gives which of the values at hand."""
 
-import copy
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from . import calls
+from .errors import CaptureError
 from .shapes import RANK, source
 from .sizes import SYMBOLIC, SizeNode, symbolic, veiled
-from .structure import Hole, fields_of, is_record, map_tensors, replace_field
+from .structure import fields_of, is_record, recipe, replace_field
 from .torch_calls import cone, is_known_at_once
 
 _CONSTANTS = (
@@ -193,23 +193,23 @@ class Writer:
             return self.argument(value)
         if is_record(value) and _is_made_of_its_fields(value):
             return self.call(kind, **{key: self.output(one) for key, one in fields_of(value)})
-        return self._rebuilt(value)
+        return self._made(value)
 
-    def _rebuilt(self, value: Any) -> fx.Node:
-        """An object that the forward made: a skeleton of it is kept, and filled anew at each call."""
+    def _made(self, value: Any) -> fx.Node:
+        """An object that the forward made: how it is made of values is kept, and done anew at each call."""
         parts: list[Any] = []
 
-        def hole(part: Any) -> Hole:
+        def take(part: Any) -> int:
             parts.append(self.argument(part))
-            return Hole(len(parts) - 1)
+            return len(parts) - 1
 
         try:
-            skeleton = copy.deepcopy(map_tensors(hole, value, (Tensor, *SYMBOLIC)))
-        except Exception as error:
-            raise Unrecordable(f"returns a {type(value).__name__} that cannot be rebuilt: {error}") from error
-        name = f"skeleton_{len(self.kept)}"
-        self.kept[name] = skeleton
-        return self.call(calls.fill, self.node("get_attr", f"{self._child}.{name}"), parts)
+            how = recipe(value, (Tensor, *SYMBOLIC), take)
+        except CaptureError as error:
+            raise Unrecordable(f"returns a {type(value).__name__}, and {error}") from None
+        name = f"recipe_{len(self.kept)}"
+        self.kept[name] = how
+        return self.call(calls.make, self.node("get_attr", f"{self._child}.{name}"), parts)
 
     def _found(self, origin: Origin) -> fx.Node:
         node = origin.node

@@ -1,0 +1,343 @@
+"""A recorded forward is the model for every call, or it steps aside, or it says that it does not hold.
+
+The reference is the original model, built a second time from the same seed, with the penalty written by hand.
+"""
+
+import copy
+import dataclasses
+import pickle
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxreg
+from fxreg.module import state_of
+from fxreg.structure import tensors
+
+from .recorded import CASES, AskedKind, Case, Net, NoneSometimes, Parts, Records, ValueBranch
+
+pytestmark = [
+    # Of Dynamo looking at its inputs after a graph break.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+STRENGTH = 0.01
+L1 = fxreg.Rule(fxreg.l1(STRENGTH))
+HALF = fxreg.Rule(fxreg.scale(0.5))
+ONES = torch.ones(4, 3)
+
+
+def build(make: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+def emitted(make: Any, example: tuple[Any, ...] = (ONES,), rule: fxreg.Rule = L1) -> tuple[nn.Module, Any]:
+    model = build(make)
+    return model, fxreg.transform(model, rule, example_inputs=copy.deepcopy(example))
+
+
+def is_recorded(gm: Any) -> bool:
+    return state_of(gm).captured.assumed is not None
+
+
+@dataclasses.dataclass
+class Step:
+    """What one call showed, or the error that it raised."""
+
+    output: Any
+    arguments: Any
+    gradients: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    random: Any
+    state: Any
+
+
+def observe(case: Case, called: nn.Module, model: nn.Module, call: Any, rule: fxreg.Rule | None) -> Any:
+    """Make one call and a backward pass through it; with a rule, add by hand what it stands for."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    arguments = copy.deepcopy(call) if isinstance(call, tuple) else ()
+    try:
+        output = called(*arguments) if isinstance(call, tuple) else call(called, model)
+        live = [tensor for tensor in tensors(output) if tensor.requires_grad]
+        if live:
+            loss = sum((tensor * tensor.detach().cos()).sum() for tensor in live)
+            if rule is L1:
+                loss = loss + STRENGTH * sum(parameter.abs().sum() for parameter in model.parameters())
+            loss.backward()
+    except Exception as error:
+        return error
+    factor = 0.5 if rule is HALF else 1.0
+    return Step(
+        plain(output),
+        plain(arguments),
+        {name: p.grad if p.grad is None else p.grad * factor for name, p in model.named_parameters()},
+        {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
+        (torch.get_rng_state(), random.getstate()),
+        copy.deepcopy(case.state(model)),
+    )
+
+
+def plain(value: Any) -> Any:
+    """A value as it is now, with the types of all its parts."""
+    match value:
+        case Tensor():
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        case dict():
+            return (type(value), [(key, plain(one)) for key, one in value.items()])
+        case list() | tuple():
+            return (type(value), [plain(one) for one in value])
+        case _ if hasattr(value, "__dict__") and not isinstance(value, type | int):
+            return (type(value), plain(vars(value)))
+    return (type(value), value)
+
+
+def assert_same(ours: Any, theirs: Any, where: str, exact: bool = True) -> None:
+    if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
+        tolerances = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(ours, theirs, equal_nan=True, msg=lambda text: f"{where}: {text}", **tolerances)
+        assert ours.requires_grad == theirs.requires_grad, where
+    elif isinstance(theirs, list | tuple):
+        assert type(ours) is type(theirs), where
+        assert len(ours) == len(theirs), where
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other, where, exact)
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key, one in theirs.items():
+            assert_same(ours[key], one, f"{where}, {key}", exact)
+    else:
+        assert ours == theirs, where
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        pytest.param(name, rule, id=f"{name}-{label}")
+        for name in CASES
+        for label, rule in (("l1", L1), ("half", HALF))
+        if rule is L1 or not name.startswith("size-")
+    ],
+)
+def test_later_calls_are_the_models(name: str, rule: fxreg.Rule) -> None:
+    case = CASES[name]
+    torch.manual_seed(5)
+    example, later = case.example(), case.later()
+    model, gm = emitted(case.make, example, rule)
+    twin = build(case.make)
+    assert case.is_recorded in (None, is_recorded(gm))
+    assert_same(plain(case.state(model)), plain(case.state(twin)), "after the transform")
+    for training in (True, False):
+        for number, call in enumerate((example, *later, example)):
+            twin.train(training)
+            gm.train(training)
+            where = f"call {number}, {'train' if training else 'eval'}"
+            theirs = observe(case, twin, twin, call, rule)
+            ours = observe(case, gm, model, call, None)
+            if isinstance(ours, fxreg.FxregError) and case.refusal:
+                continue
+            if isinstance(theirs, Exception):
+                assert type(ours) is type(theirs), where
+                continue
+            if isinstance(ours, Exception):
+                raise ours
+            for field in dataclasses.fields(Step):
+                mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+                assert_same(mine, other, f"{where}, {field.name}", exact=field.name != "gradients")
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refusal])
+def test_nothing_is_refused_without_a_reason(name: str) -> None:
+    """A case that allows a refusal must see one: otherwise its reason is not one any more."""
+    case = CASES[name]
+    torch.manual_seed(5)
+    example, later = case.example(), case.later()
+    _, gm = emitted(case.make, example)
+    assert any(isinstance(observe(case, gm, gm, call, None), fxreg.FxregError) for call in later)
+
+
+class Batched(Net):
+    """Uses its sizes everywhere, and asks nothing of them."""
+
+    def run(self, x: Tensor) -> Any:
+        n = x.shape[0]
+        h = self.op(self.fc(x).view(1, n, 3)).reshape(n, -1)
+        return h / n + torch.arange(n)[:, None], n * 2
+
+
+Batched.forward = Net.forward = lambda self, x: type(x) if self.is_odd else self.run(x)
+
+
+class Branched(Batched):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * 2 if x.shape[0] > 4 else self.fc(x)
+
+
+def test_sizes_stay_symbolic() -> None:
+    model, gm = emitted(Batched)
+    assert is_recorded(gm)
+    state_of(gm).otherwise = None  # nothing to fall back to
+    for n in (1, 2, 4, 7):
+        x = torch.randn(n, 3)
+        assert state_of(gm).assumes(x)
+        assert_same(plain(gm(x)), plain(model(x)), f"{n} rows")
+
+
+def test_another_answer_takes_the_other_graph() -> None:
+    model, gm = emitted(Branched)
+    small, large = torch.randn(3, 3), torch.randn(5, 3)
+    assert state_of(gm).assumes(small)
+    assert not state_of(gm).assumes(large)
+    assert_same(gm(small), model(small), "small")
+    assert_same(gm(large), model(large), "large")
+
+
+def test_values_are_asked_for() -> None:
+    model, gm = emitted(ValueBranch)
+    assert state_of(gm).assumes(ONES)
+    assert not state_of(gm).assumes(-ONES)
+    assert_same(gm(-ONES), model(-ONES), "negative")
+
+
+def test_kinds_are_asked_for_where_the_forward_asks() -> None:
+    _, asking = emitted(AskedKind)
+    assert state_of(asking).assumes(ONES)
+    assert not state_of(asking).assumes(ONES.double())
+    _, gm = emitted(Batched)
+    assert state_of(gm).assumes(ONES.double())
+
+
+def test_the_mode_is_live_and_one() -> None:
+    _, gm = emitted(Parts)
+    for training in (True, False):
+        gm.train(training)
+        assert state_of(gm).assumes(ONES)
+    gm.train()
+    gm.block.eval()
+    assert not state_of(gm).assumes(ONES)
+
+
+def test_another_number_of_arguments_or_kind_is_not_assumed() -> None:
+    _, gm = emitted(Batched)
+    assert not state_of(gm).assumes(ONES[0])
+    assert not state_of(gm).assumes([ONES])
+    assert not state_of(gm).assumes(None)
+
+
+def test_what_an_opaque_module_gives_is_checked() -> None:
+    _, gm = emitted(NoneSometimes)
+    with pytest.raises(fxreg.CaptureError, match="what 'op' returned was"):
+        gm(-ONES)
+
+
+def test_a_changed_attribute_is_noticed() -> None:
+    class Scaled(Batched):
+        factor = 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.k = 2.0
+
+        def run(self, x: Tensor) -> Any:
+            return self.fc(x) * self.k
+
+    model, gm = emitted(Scaled)
+    assert is_recorded(gm)
+    gm(ONES)
+    model.k = 3.0
+    with pytest.raises(fxreg.CaptureError, match="another 'k'"):
+        gm(ONES)
+
+
+@pytest.mark.parametrize("make", [ValueBranch, Parts, Records, AskedKind])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda gm: pickle.loads(pickle.dumps(gm))], ids=["copied", "pickled"])
+def test_copies_are_recorded_and_independent(make: Any, how: Any) -> None:
+    model, gm = emitted(make)
+    other = how(gm)
+    assert is_recorded(other)
+    for training in (True, False):
+        gm.train(training)
+        other.train(training)
+        for x in (ONES, -torch.ones(2, 3)):
+            torch.manual_seed(1)
+            theirs = plain(model(x))
+            torch.manual_seed(1)
+            assert_same(plain(other(x)), theirs, "the copy")
+    gm.eval()
+    other.train()
+    assert not model.training
+    with torch.no_grad():
+        other.fc.weight.zero_()
+    assert model.fc.weight.any()
+    for x in (ONES, -ONES):  # both of its graphs use its own weights
+        output = next(iter(tensors(other(x))))
+        torch.testing.assert_close(output, output[:1].expand_as(output))
+
+
+def test_whoever_runs_the_graph_itself_is_told_what_it_assumes() -> None:
+    model, gm = emitted(Branched)
+    interpreter = fx.Interpreter(gm)
+    assert_same(interpreter.run(ONES), model(ONES), "interpreted")
+    with pytest.raises(fxreg.CaptureError, match="does not hold for this call"):
+        interpreter.run(torch.ones(5, 3))
+
+
+def test_the_gradient_is_the_others_graphs_as_well() -> None:
+    model, gm = emitted(Branched)
+    for n in (3, 5):
+        model.zero_grad()
+        gm(torch.randn(n, 3)).sum().backward()
+        ours = model.op.lin.weight.grad
+        assert ours is None or torch.equal(ours, STRENGTH * model.op.lin.weight.sign())
+        assert model.fc.weight.grad is not None
+
+
+def test_stripped_is_recorded_as_well() -> None:
+    model, gm = emitted(Branched)
+    plain_gm = fxreg.strip(gm)
+    assert is_recorded(plain_gm)
+    for n in (3, 5):
+        x = torch.randn(n, 3)
+        assert_same(plain_gm(x), model(x), f"{n} rows")
+
+
+def test_verify_and_penalties_see_both_graphs() -> None:
+    model, gm = emitted(Branched)
+    fxreg.verify(gm, model, (torch.randn(3, 3),))
+    fxreg.verify(gm, model, (torch.randn(5, 3),))
+    assert fxreg.penalties(gm)
+
+
+def test_without_examples_nothing_is_recorded() -> None:
+    assert not is_recorded(fxreg.transform(build(Branched), L1))
+
+
+def test_transform_leaves_the_model_as_it_was() -> None:
+    model, twin = build(Parts), build(Parts)
+    model.block.eval()
+    twin.block.eval()
+    before = torch.get_rng_state()
+    fxreg.transform(model, L1, example_inputs=(ONES,))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [m.training for m in model.modules()] == [m.training for m in twin.modules()]
+    assert_same(dict(model.state_dict()), dict(twin.state_dict()), "state")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_compiled() -> None:
+    model, gm = emitted(Parts)
+    compiled = torch.compile(gm, backend="aot_eager")
+    for training in (True, False):
+        gm.train(training)
+        torch.manual_seed(1)
+        theirs = plain(model(ONES))
+        torch.manual_seed(1)
+        assert_same(plain(compiled(ONES)), theirs, "compiled", exact=False)
