@@ -173,6 +173,8 @@ class Row:
     def breaks_more(self) -> bool:
         """Whether it breaks where the model does not. What breaks no more often may still be one graph more: the
         penalty's, after the model's last break."""
+        if self.error:  # not looked at
+            return False
         return len(self.ours.reasons) > len(self.theirs.reasons) or (self.ours.count < 0 <= self.theirs.count)
 
 

@@ -156,7 +156,7 @@ _WHOLE = {
 }  # fmt: skip
 for _name, _compute in (_SIZES | _WHOLE).items():
     _make = functools.partial(OfSize, _compute)
-    CASES[f"size-{_name}"] = Case(_make, "a size", batch, batches, is_recorded=_name in _SIZES)
+    CASES[f"size-{_name}"] = Case(_make, "a size", batch, lambda: batches()[:3], is_recorded=_name in _SIZES)
 
 
 @case("sizes of what a layer with strides gives", lambda: (torch.randn(2, 3, 8),), lambda: (
