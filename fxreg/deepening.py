@@ -71,6 +71,8 @@ class _Session:
         first, again, other = self._run(training=True), self._run(training=True), self._run(training=False)
         self._agree(first, again, numbers=True)
         self._agree(first, other, numbers=False)
+        if not first.writer.kept == again.writer.kept == other.writer.kept:
+            raise _Again({"": "returns an object that differs from one call to the next"})
         asked = [one.writer.questions() for one in (first, other)]
         graph = merged(first.writer.graph, other.writer.graph, CHILD)
         questions, answers = joined(asked[0][:2], asked[1][:2])
@@ -82,6 +84,7 @@ class _Session:
             kinds=kinds_of(self.model, values) if first.asked.kinds or other.asked.kinds else None,
             questions=questions,
             answers=answers,
+            is_eager=first.asked.compiling or other.asked.compiling,
             asks_values=asked[0][2] or asked[1][2],
             kept=first.writer.kept,
         )

@@ -1,5 +1,6 @@
 """Watching what a forward executes, for what leaves no other trace: instructions, calls of C functions, handlers."""
 
+import builtins
 import dis
 import functools
 import sys
@@ -12,18 +13,37 @@ from typing import Any
 import torch
 
 from .scanning import context_name, is_library
+from .sizes import SYMBOLIC
 
 _INSTRUCTIONS = {
     "STORE_GLOBAL": "writes the global variable",
     "DELETE_GLOBAL": "deletes the global variable",
 }
+_TYPE, _IDENTITY, _UNKNOWN = "asks for a type", "compares identities", object()
+_DICTIONARY = "looks into an object's dictionary"
+_SIZED = {"shape", "size", "numel", "nelement"}
 _MENTIONS = {
     "manual_seed": "seeds a random generator",
     "fork_rng": "forks a random generator",
+    "get_rng_state": "saves a random state",
+    "set_rng_state": "sets a random state",
+    "default_generator": "uses a random generator",
+    "vars": _DICTIONARY,
+    "__dict__": _DICTIONARY,
+    "type": _TYPE,
     "Thread": "starts a thread",
     "ThreadPoolExecutor": "starts a thread",
 }
+_COMPILING = {
+    function.__code__
+    for function in (
+        torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting,
+        torch.jit.is_tracing,  # type: ignore[attr-defined]
+    )
+}  # fmt: skip
 _QUESTIONS = {
+    id: "asks for an identity",
+    hash: "hashes a value",
     torch.is_grad_enabled: "reads the grad mode",
     torch.is_inference_mode_enabled: "reads the inference mode",
     torch.is_autocast_enabled: "reads autocast",
@@ -35,6 +55,9 @@ _QUESTIONS = {
     time.perf_counter: "reads the clock",
     time.monotonic: "reads the clock",
 }
+
+
+_HASH = torch.Tensor.__hash__.__code__
 
 
 @contextmanager
@@ -51,24 +74,36 @@ def watched(recorder: Any) -> Iterator[None]:
     def step(frame: types.FrameType, event: str, argument: Any) -> Any:
         if event == "opcode" and recorder.thread:
             reason = _flagged(frame.f_code).get(frame.f_lasti)
-            if reason is not None:
+            if reason is not None and _matters(reason, frame, recorder):
                 recorder.give_up(f"{frame.f_code.co_qualname} {reason}")
         elif event == "exception" and recorder.thread and _is_ours(argument[1]):
             recorder.give_up(f"{frame.f_code.co_qualname} meets a {argument[0].__name__}")
         return step
 
     def call(frame: types.FrameType, event: str, argument: Any) -> None:
-        if event == "c_call" and recorder.thread and not _is_foreign(frame.f_globals.get("__name__", "")):
+        if event == "call" and recorder.thread:
+            if frame.f_code in _COMPILING:
+                recorder.asked.compiling = True
+            elif frame.f_code is _HASH:
+                recorder.give_up("hashes a tensor")
+        elif event == "c_call" and recorder.thread and not _is_foreign(frame.f_globals.get("__name__", "")):
             reason = _asked(argument)
             if reason is not None:
                 recorder.give_up(f"{frame.f_code.co_qualname} {reason}")
 
-    before = sys.gettrace(), sys.getprofile()
+    def is_instance(value: Any, kinds: Any) -> bool:
+        if type(value) in SYMBOLIC and not _is_foreign(sys._getframe(1).f_globals.get("__name__", "")):
+            return original(value.node.value, kinds) or original(value, kinds)  # sizes are numbers
+        return original(value, kinds)
+
+    before, original = (sys.gettrace(), sys.getprofile()), isinstance
     sys.settrace(enter)
     sys.setprofile(call)
+    builtins.isinstance = is_instance
     try:
         yield
     finally:
+        builtins.isinstance = original
         sys.settrace(before[0])
         sys.setprofile(before[1])
 
@@ -118,9 +153,49 @@ def _flagged(code: types.CodeType) -> dict[int, str]:
             found[instruction.offset] = f"{_INSTRUCTIONS[name]} {argument!r}"
         elif name == "STORE_DEREF" and argument in code.co_freevars:
             found[instruction.offset] = f"writes the variable {argument!r} of an enclosing function"
+        elif name == "MATCH_CLASS":
+            found[instruction.offset] = _TYPE
+        elif name == "IS_OP" and instructions[position - 1].opname != "LOAD_CONST":
+            found[instruction.offset] = _IDENTITY
+        elif name in ("STORE_ATTR", "DELETE_ATTR") and _is_on_global(instructions[position - 1]):
+            found[instruction.offset] = f"writes the attribute {argument!r} of something global"
         elif name in ("BEFORE_WITH", "BEFORE_ASYNC_WITH"):
             found[instruction.offset] = f"enters {context_name(instructions[:position])}"
     return found
+
+
+def _matters(reason: str, frame: types.FrameType, recorder: Any) -> bool:
+    """Whether what is asked may be asked of something that a recording replaces: sizes, aliases, veiled objects."""
+    if reason == _TYPE:
+        at_hand = any(type(value) in SYMBOLIC for value in frame.f_locals.values())
+        return at_hand or not _SIZED.isdisjoint(frame.f_code.co_names)
+    if reason == _DICTIONARY:  # a flag read or written past its property
+        return "training" in (*frame.f_code.co_names, *frame.f_code.co_consts)
+    if reason == _IDENTITY:
+        value = _operand(frame)
+        return value is _UNKNOWN or recorder.writer.veils or type(value) in SYMBOLIC or isinstance(value, torch.Tensor)
+    return True
+
+
+def _operand(frame: types.FrameType) -> Any:
+    """What was loaded last, if that can be told."""
+    before = None
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.offset == frame.f_lasti:
+            break
+        before = instruction
+    if before is None or not before.opname.startswith("LOAD_") or before.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        return _UNKNOWN
+    name = before.argval
+    spaces = (frame.f_globals, vars(builtins)) if before.opname == "LOAD_GLOBAL" else (frame.f_locals,)
+    return next((space[name] for space in spaces if name in space), _UNKNOWN)
+
+
+def _is_on_global(before: dis.Instruction) -> bool:
+    """Whether an attribute is written of what was loaded last, and that outlives the call."""
+    if before.opname == "SWAP":  # x.a += 1
+        return True
+    return before.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLASSDEREF") or before.argval == "__class__"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -29,7 +29,8 @@ def lower(model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> Regul
     lowering = _Lowering(model, captured, plan, emit)
     gm = lowering.emitted()
     if captured.otherwise is not None:
-        lowering.state.otherwise = _Lowering(model, captured.otherwise, plan, emit, lowering).emitted()
+        other = _Lowering(model, captured.otherwise, plan, emit, lowering).emitted()
+        vars(lowering.state)["otherwise"] = other  # not a child: it has the state for one
     return gm
 
 

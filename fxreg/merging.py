@@ -65,7 +65,7 @@ def merged(training: fx.Graph, evaluation: fx.Graph, child: str) -> fx.Graph:
             return value
         if not modes:
             modes.append(graph.call_function(getattr, (graph.get_attr(child), "training")))
-        if (value, other) == (True, False):
+        if value is True and other is False:
             return modes[0]
         choice = graph.call_function(calls.by_mode, (modes[0], value, other))
         choice.meta.update(is_wrapped=True, nn_module_stack=stack)

@@ -10,6 +10,7 @@ Nothing is refused while it runs. What a graph cannot hold makes the innermost m
 *whole*: what was written since it was entered is rolled back, the rest of it runs unrecorded, and it becomes one call.
 """
 
+import contextvars
 import functools
 import threading
 from collections.abc import Callable, Mapping
@@ -25,11 +26,11 @@ from .executing import inside_handler, watched
 from .interception import intercepted
 from .layers import ambient_state, described, is_layer, is_plain_layer, tensor_paths, whole_reason
 from .proxies import Untraceable
-from .shapes import RANK
+from .shapes import LAYER, RANK
 from .side_channels import Ledger
 from .sizes import SYMBOLIC, concrete
 from .snapshots import Snapshot, rng_state
-from .structure import differs, held, holds_mutable, likeness
+from .structure import differs, fields_of, held, holds_mutable, is_record, likeness
 from .torch_calls import (
     DECISIONS,
     KINDS,
@@ -40,7 +41,6 @@ from .torch_calls import (
     holds_only_tensors,
     is_certain,
     is_in_place,
-    is_known_at_once,
     is_refused,
     name_of,
     nodes_in,
@@ -77,10 +77,12 @@ class Asked:
 
     Attributes:
         kinds: whether they asked for the data type or the device of a tensor.
+        compiling: whether they asked if they were being compiled.
         modes: the paths of the modules whose `training` they read.
     """
 
     kinds: bool = False
+    compiling: bool = False
     modes: dict[str, None] = field(default_factory=dict)
 
 
@@ -103,11 +105,14 @@ class Recorder:
         self._forced, self._also, self._watches = forced, also, watches
         self._identity = threading.get_ident()
         self._paths = {module: path for path, module in reversed([*root.named_modules(remove_duplicate=False)])}
-        self.writer = Writer(tensor_paths(self._paths, root_alias), root_alias.partition(".")[0], self.give_up)
+        self.writer = Writer(
+            tensor_paths(self._paths, root_alias), root_alias.partition(".")[0], self.give_up, self._is_kept
+        )
         self._frames: list[_Frame] = []
         self._before = self._state()
         self.state = self._before[0]
         self._is_suspicious = False
+        self._made: dict[int, nn.Module] = {}
 
     # What interception asks.
 
@@ -137,8 +142,12 @@ class Recorder:
         return value
 
     def note_change(self, module: nn.Module, what: str) -> None:
-        if module in self._paths:  # others were made by the forward itself: a slice of a ModuleList
+        if module in self._paths:
             self.give_up(what)
+        elif not vars(module):
+            self._made[id(module)] = module  # the first thing that its __init__ does
+        elif id(module) not in self._made:
+            self.give_up(f"{what}, which is none of the model's")
 
     def read_training(self, module: nn.Module) -> bool:
         if module in self._paths:
@@ -160,7 +169,11 @@ class Recorder:
         Raises:
             Untraceable: the root itself is whole.
         """
-        arguments = self.writer.place(values, place(self.writer.graph))
+        context = dict(contextvars.copy_context().items())
+        try:
+            arguments = self.writer.place(values, place(self.writer.graph))
+        except Unrecordable as failure:
+            raise Untraceable(str(failure)) from None
         before = held(arguments)
         with intercepted(self):
             self._ambient = _ambient()
@@ -172,6 +185,8 @@ class Recorder:
                 self._check_state()
                 if differs(before, arguments):
                     self.give_up("changes a container that it was given")
+                elif dict(contextvars.copy_context().items()) != context:
+                    self.give_up("sets a context variable")
                 elif any(
                     getattr(value, "__dict__", None) for value in self.writer.known() if isinstance(value, Tensor)
                 ):
@@ -198,15 +213,15 @@ class Recorder:
         if not self.writer.writes:
             return _CALL(module, *concrete(args), **concrete(kwargs))
         if path is None:
-            return run(*args, **kwargs)  # of its own making, or kept in a plain attribute: its tensors are not known
-        reason = None if is_layer(module) else self._forced.get(path) or whole_reason(module, runs=True)
-        if reason is None and not is_layer(module):
-            hooked = module._forward_hooks or module._forward_pre_hooks
-            return self._inlined(path, module, functools.partial(_CALL, module) if hooked else run, args, kwargs)
+            return run(*args, **kwargs)  # of the forward's own making: its tensors are not known
         if not is_plain_layer(module):
             self._check_state()
         if not self.writer.writes:
             return _CALL(module, *concrete(args), **concrete(kwargs))
+        reason = None if is_layer(module) else self._forced.get(path) or whole_reason(module, runs=True)
+        if reason is None and not is_layer(module):
+            hooked = module._forward_hooks or module._forward_pre_hooks
+            return self._inlined(path, module, functools.partial(_CALL, module) if hooked else run, args, kwargs)
         frame = self._enter(path, module, args, kwargs)
         if reason is not None and not self._watches:
             self._suspect(module)
@@ -227,8 +242,8 @@ class Recorder:
             return f"{catcher} catches exceptions"
         if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
             return f"calls {path!r}, whose class overrides __call__"
-        if path is None and not is_layer(module) and (reason := whole_reason(module, runs=True)):
-            return f"calls a {type(module).__name__}, which is none of the model's modules and {reason}"
+        if path is None and id(module) not in self._made:
+            return f"calls a {type(module).__name__} that is not one of the model's registered modules"
         return None
 
     def _inlined(self, path: str, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -268,13 +283,19 @@ class Recorder:
             args, kwargs = map(self.writer.argument, frame.call)
             node = self.writer.node("call_module", frame.path, args, kwargs)
             node.meta["nn_module_stack"][frame.path] = (frame.path, type(frame.module))
+            if is_plain_layer(frame.module) and not getattr(frame.module, "inplace", False):
+                node.meta[LAYER] = type(frame.module)
+                return self.writer.bound(result, Origin(node))
+            self.writer.note_written(node)
             if is_layer(frame.module):
                 self.ledger.runs_layer(frame.path, frame.module)
-                return self.writer.bound(result, Origin(node))
             if holds_mutable((*frame.call[0], *frame.call[1].values())):
                 raise Unrecordable(f"passes a list or dict to opaque {frame.path!r}, which may change it")
-            self.opaque[frame.path] = frame.reason or ""
-            self.ledger.runs(frame.path, frame.module)
+            if not is_layer(frame.module):
+                self.opaque[frame.path] = frame.reason or ""
+                self.ledger.runs(frame.path, frame.module)
+            if _is_nested(result):
+                raise Unrecordable(f"takes apart what {frame.path!r} returns")
             with torch._C.DisableTorchFunction():
                 node = self.writer.call(calls.expect_like, node, likeness(result), f"what {frame.path!r} returned")
             return self.writer.bound(result, Origin(node))
@@ -287,6 +308,9 @@ class Recorder:
     def _state(self) -> tuple[Snapshot, Any]:
         with torch._C.DisableTorchFunction():
             return Snapshot(self._paths, also=self._also), rng_state()[1:]
+
+    def _is_kept(self, value: Any) -> bool:
+        return isinstance(getattr(value, "__dict__", None), dict) and self.state.holds(vars(value))
 
     def _change(self) -> str | None:
         """What running the forwards has changed beside tensors, if anything."""
@@ -329,23 +353,28 @@ class Recorder:
             except Unrecordable as failure:
                 self.give_up(str(failure))
         result = function(*concrete(args), **concrete(kwargs))
-        if not self.writer.writes or name in RANKS:
+        if not self.writer.writes:
             return result
         try:
-            return self._answered(function, name, made, result)
+            return self._answered(function, name, args, made, result)
         except Unrecordable as failure:
             self.give_up(str(failure))
             return result
 
-    def _answered(self, function: Any, name: str, made: tuple[Any, Any], result: Any) -> Any:
+    def _answered(self, function: Any, name: str, args: Any, made: tuple[Any, Any], result: Any) -> Any:
         """The result of a torch call, once it is in the graph or assumed."""
+        if name in RANKS:
+            self.writer.assume_rank(args[0])
+            return result
         if name in KINDS:
             self._ask_kind(name)
+            if self.writer.writes:
+                self.writer.expect(self.writer.node(*as_node(function, name, *made)), result)
             return result
         if isinstance(result, bool) and name in DECISIONS:
             if name == "__bool__" and is_certain(made[0][0]):
                 return result
-            if is_known_at_once(*nodes_in(made)):
+            if self.writer.can_be_asked_first(*nodes_in(made)):
                 self.writer.decide(
                     self.writer.node(*as_node(bool if name == "__bool__" else function, name, *made)), result
                 )
@@ -368,6 +397,8 @@ class Recorder:
         self.asked.kinds = True
 
     def _sizes(self, name: str, tensor: Tensor, dim: Any = None) -> Any:
+        if dim is None:
+            self.writer.assume_rank(tensor)
         sizes = self.writer.sizes(tensor)
         if name in ("numel", "nelement"):
             return functools.reduce(lambda total, size: total * size, sizes, 1)
@@ -400,3 +431,11 @@ def _ambient(listening: bool = True) -> tuple[object, ...]:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return (*ambient_state(), torch.get_default_dtype(), torch._C._len_torch_function_stack() + (not listening),
             torch._C._len_torch_dispatch_stack(), hooks)  # fmt: skip
+
+
+def _is_nested(result: Any) -> bool:
+    """Whether there are containers in what a module returned: how many, and how long, may be other the next time."""
+    parts = result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else ()
+    if is_record(result):
+        parts = [part for _, part in fields_of(result)]
+    return any(isinstance(part, tuple | list | dict) for part in parts)

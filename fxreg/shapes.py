@@ -4,8 +4,10 @@ Only rules that hold for all shapes: a question about the size of a value deep i
 model's arguments, and can be answered before the model runs.
 """
 
+import operator
 from typing import Any, TypeAlias
 
+import torch
 from torch import fx, nn
 
 Size: TypeAlias = "tuple[fx.Node, int] | fx.Node | int"
@@ -14,6 +16,10 @@ Size: TypeAlias = "tuple[fx.Node, int] | fx.Node | int"
 RANK = "fxreg_rank"
 """In a node's `meta`: the number of dimensions of its value."""
 
+LAYER = "fxreg_layer"
+"""In the `meta` of a call of a layer of torch's in which nothing of the user's runs: its class."""
+
+_NUMBERS = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg}
 _ALIKE = (
     nn.Dropout, nn.LayerNorm, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softmax, nn.RMSNorm,
 )  # fmt: skip
@@ -40,10 +46,10 @@ def _source(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], Size]) -> 
     if rank is None or not isinstance(first, fx.Node) or RANK not in first.meta:
         return node, dim
     if node.op == "call_module":
-        kind = node.meta["nn_module_stack"][node.target][1]
+        kind = node.meta.get(LAYER)
         alike = kind in _ALIKE or (kind in _ALIKE_BUT_LAST and dim < rank - 1)
         return source(first, dim, known) if alike else (node, dim)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = torch_name(node)
     if name in _UNARY or (name.endswith("_") and not name.endswith("__")):
         return source(first, dim, known)
     if name == "embedding":
@@ -62,6 +68,52 @@ def _source(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], Size]) -> 
         at = int(node.args[1]) % rank  # type: ignore[arg-type]
         return 1 if dim == at else source(first, dim - (dim > at), known)
     return node, dim
+
+
+_FIXED_RANK = {
+    "cat", "stack", "linear", "matmul", "expand", "permute", "sum", "mean", "cumsum", "eq", "ne", "lt", "le", "gt",
+    "ge", "masked_fill", "where", "arange", "ones", "zeros", "full", "ones_like", "zeros_like", "flip", "roll", "pad",
+    "conv1d", "conv2d", "view", "reshape", "transpose", "unsqueeze", "embedding", "contiguous", "bmm", "baddbmm",
+    "scaled_dot_product_attention", "new_zeros", "new_ones", "new_empty", "logical_not", "bool", "long", "int", "split",
+    "chunk", "addmm", "unpack", "cos", "sin", "pow", "rsqrt", "silu", "group_norm", "batch_norm", "interpolate",
+    "cross_entropy",
+}  # fmt: skip
+
+
+def has_fixed_rank(node: fx.Node) -> bool:
+    """Whether the number of dimensions of a node's value follows from those of the model's arguments."""
+    waiting, seen = [node], {node}
+    while waiting:
+        one = waiting.pop()
+        if one.op in ("placeholder", "get_attr") or one.target in ("size", "dim"):
+            continue
+        if one.op == "call_module":
+            if LAYER not in one.meta:
+                return False
+        elif one.op in ("call_function", "call_method"):
+            name = torch_name(one)
+            in_place = name.endswith("_") and not name.endswith("__")
+            known = in_place or name in _FIXED_RANK | _UNARY | _BINARY or one.target in _NUMBERS
+            if not known and not (name == "getitem" and _is_plain_index(one.args[1])):
+                return False
+        waiting += [each for each in one.all_input_nodes if each not in seen]
+        seen.update(one.all_input_nodes)
+    return True
+
+
+def _is_plain_index(index: Any) -> bool:
+    """Whether an index has as many dimensions whatever the values: numbers, slices, None, and an ellipsis."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return not any(isinstance(part, fx.Node | list) for part in parts)
+
+
+def torch_name(node: fx.Node) -> str:
+    """The name of the torch function or method that a node calls; "" for an operator of somebody else's."""
+    if isinstance(node.target, str):
+        return node.target if node.op == "call_method" else ""
+    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return ""
+    return str(getattr(node.target, "__name__", ""))
 
 
 def _of_two(node: fx.Node, dim: int, rank: int, known: dict[tuple[fx.Node, int], Size]) -> Size:

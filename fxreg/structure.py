@@ -20,6 +20,13 @@ _INERT = (
 )  # fmt: skip
 
 
+PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout,
+    torch.memory_format,
+)  # fmt: skip
+"""What is nothing but its value."""
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same structure with every tensor mapped, depth first; whatever holds tensors is rebuilt, never written to.
 
@@ -119,15 +126,16 @@ def replace_field(value: Any, field: str, new: Any) -> Any:
     return result
 
 
-def recipe(value: Any, leaves: tuple[type, ...], take: Callable[[Any], int]) -> Any:
+def recipe(value: Any, leaves: tuple[type, ...], take: Callable[[Any], int], is_kept: Callable[[Any], bool]) -> Any:
     """How to make a structure anew from its leaves, as plain data for `follow`.
 
     Args:
         leaves: the types of the leaves.
         take: gives each leaf a number.
+        is_kept: whether something is not made, but kept somewhere.
 
     Raises:
-        CaptureError: something with leaves inside that cannot be made attribute by attribute, or that is there twice.
+        CaptureError: something that cannot be made attribute by attribute, or that is there twice.
     """
     seen: set[int] = set()
 
@@ -135,7 +143,7 @@ def recipe(value: Any, leaves: tuple[type, ...], take: Callable[[Any], int]) -> 
         kind = type(value)
         if isinstance(value, leaves):
             return ("part", take(value))
-        if isinstance(value, _INERT) or (kind not in (list, tuple, dict) and _holds_none_of(leaves, value)):
+        if isinstance(value, (*_INERT, type, types.FunctionType, types.BuiltinFunctionType)) or is_kept(value):
             return ("same", value)
         if id(value) in seen and kind is not tuple:
             raise CaptureError(f"a {kind.__name__} is there twice")
@@ -212,8 +220,8 @@ def likeness(value: Any) -> Any:
     """What kind of value something is, as plain data that code can say: the number of a tensor's dimensions, the parts
     of a container, a plain value itself, the type of anything else."""
     if isinstance(value, Tensor):
-        return value.dim()
-    if value is None or isinstance(value, bool | int | float | str):
+        return value.dim() if type(value) is Tensor else (type(value).__qualname__, value.dim())
+    if isinstance(value, PLAIN):
         return repr(value)
     kind = type(value).__qualname__
     if isinstance(value, tuple | list):

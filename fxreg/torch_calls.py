@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import is_tensor_method_or_property
 
+from .shapes import LAYER, torch_name
+
 SIZES = {"shape", "size", "numel", "nelement", "__len__"}
 RANKS = {"dim", "ndim", "ndimension"}
 KINDS = {
@@ -25,7 +27,7 @@ SILENT = {"_set_grad_enabled"}
 _REFUSED = {
     "backward", "register_hook", "retain_grad", "requires_grad_", "detach_", "resize_", "resize_as_", "set_", "seed",
     "share_memory_", "data", "grad", "register_post_accumulate_grad_hook", "__deepcopy__", "manual_seed", "apply_",
-    "map_", "storage", "__set__",
+    "map_", "storage", "__set__", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_",
 }  # fmt: skip
 _OPERATORS = {
     f"__{name}__": getattr(operator, name)
@@ -45,7 +47,8 @@ _PURE = {
     "reshape", "flatten", "unsqueeze", "squeeze", "expand", "cumsum", "diff", "add", "sub", "mul", "unpack", "ones",
     "zeros", "arange", "full", "ones_like", "zeros_like", "contiguous", "type", "where", "and_", "or_", "not_",
     "masked_fill", "transpose", "permute", "clone", "detach", "new_ones", "new_zeros", "__invert__", "__and__",
-    "__or__", "abs", "count_nonzero", "floordiv", "truediv", "mod", "pow", "neg", "clamp", "isin", "item", "contains",
+    "__or__", "abs", "count_nonzero", "floordiv", "truediv", "mod", "pow", "neg", "clamp", "isin", "item",
+    "contains", "trunc", "ceil", "floor", "round", "sqrt",
 }  # fmt: skip
 
 
@@ -105,6 +108,39 @@ def nodes_in(arguments: Any) -> list[fx.Node]:
     return found
 
 
+_FRESH = {
+    "linear", "embedding", "matmul", "layer_norm", "softmax", "cat", "stack", "add", "sub", "mul", "div", "truediv",
+    "pow", "neg", "eq", "ne", "lt", "le", "gt", "ge", "sum", "mean", "ones_like", "zeros_like", "new_zeros", "new_ones",
+    "arange", "full", "zeros", "ones", "all", "any", "gelu", "silu", "tanh", "sigmoid", "rsqrt", "exp", "cumsum",
+    "scaled_dot_product_attention", "cross_entropy", "masked_fill", "conv1d", "conv2d", "where", "clone", "bmm", "cos",
+    "sin", "logical_not", "invert", "size", "dim", "isin", "rms_norm", "group_norm", "outer", "einsum",
+}  # fmt: skip
+"""What gives new memory, always."""
+
+
+def may_write(node: fx.Node) -> bool:
+    """Whether a call of a function or method may write into its arguments."""
+    name = torch_name(node)
+    if is_in_place(name) or name == "setitem":
+        return True
+    return "out" in node.kwargs or bool(node.kwargs.get("inplace")) or (node.op == "call_function" and not name)
+
+
+def written_arguments(node: fx.Node) -> set[fx.Node]:
+    """The placeholders into whose memory a node that writes into its arguments may write."""
+    found, waiting = set[fx.Node](), [*node.all_input_nodes]
+    seen = set[fx.Node](waiting)
+    while waiting:
+        one = waiting.pop()
+        if one.op == "placeholder":
+            found.add(one)
+        elif torch_name(one) not in _FRESH and LAYER not in one.meta:
+            new = [each for each in one.all_input_nodes if each not in seen]
+            waiting += new
+            seen.update(new)
+    return found
+
+
 def cone(node: fx.Node) -> set[fx.Node]:
     """A node, and all that it depends on."""
     found, waiting = set[fx.Node](), [node]
@@ -119,5 +155,4 @@ def cone(node: fx.Node) -> set[fx.Node]:
 def _is_pure(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    return name in _PURE and not node.kwargs.get("out")
+    return torch_name(node) in _PURE and "out" not in node.kwargs

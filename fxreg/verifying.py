@@ -21,7 +21,7 @@ from .exported import ExportedModule
 from .module import RegularizedModule, State, emitted, state_of
 from .planning import PullBack
 from .snapshots import borrowed, iterator_kept
-from .structure import fresh, map_tensors, tensors
+from .structure import fresh, likeness, map_tensors, tensors
 
 _GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2  # 16-bit: a few units in the last place of a sum
@@ -148,6 +148,10 @@ def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) 
         raise VerifyError(
             f"{where}: the model returns a {type(theirs.output).__name__}, the emitted module a "
             f"{type(ours.output).__name__}."
+        )
+    if likeness(theirs.output) != likeness(ours.output):
+        raise VerifyError(
+            f"{where}: the model returns {likeness(theirs.output)}, the emitted module {likeness(ours.output)}."
         )
     expected, actual = list(tensors(theirs.output)), list(tensors(ours.output))
     if len(expected) != len(actual):

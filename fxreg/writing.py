@@ -10,15 +10,11 @@ from torch import Tensor, fx
 
 from . import calls
 from .errors import CaptureError
-from .shapes import RANK, source
+from .shapes import RANK, has_fixed_rank, source
 from .sizes import SYMBOLIC, SizeNode, symbolic, veiled
-from .structure import fields_of, is_record, recipe, replace_field
-from .torch_calls import cone, is_known_at_once
+from .structure import PLAIN, fields_of, is_record, recipe, replace_field
+from .torch_calls import cone, is_known_at_once, may_write, written_arguments
 
-_CONSTANTS = (
-    bool, int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
-    torch.memory_format,
-)  # fmt: skip
 _DTYPES = {int: torch.int64, float: torch.float64, bool: torch.bool}
 _OUTSIDE = "a tensor made at trace time or kept outside the module"
 
@@ -53,15 +49,23 @@ class Writer:
         scope: the path and class of the modules around what is written.
         kept: objects that the graph reads under these names.
         refuse: is told what a graph cannot hold, and returns.
+        is_kept: whether an object is part of the model's state.
         writes: whether anything is written now.
+        veils: whether objects were handed out that can only be passed on.
     """
 
-    def __init__(self, tensors: Mapping[int, str], child: str, refuse: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[int, str],
+        child: str,
+        refuse: Callable[[str], None],
+        is_kept: Callable[[Any], bool],
+    ) -> None:
         self.graph = fx.Graph()
         self.scope: list[tuple[str, type]] = []
         self.kept: dict[str, Any] = {}
-        self.refuse = refuse
-        self.writes = True
+        self.refuse, self.is_kept = refuse, is_kept
+        self.writes, self.veils = True, False
         self._tensors, self._child = tensors, child
         self._known: dict[int, tuple[Any, Origin]] = {}
         self._log: list[tuple[int, tuple[Any, Origin] | None]] = []
@@ -70,6 +74,8 @@ class Writer:
         self._assumed: dict[str, fx.Node] = {}
         self._decided: list[tuple[fx.Node, bool]] = []
         self._open: set[fx.Node] = set()
+        self._ranked: set[fx.Node] = set()
+        self._written: set[fx.Node] = set()
         self._head: fx.Node | None = None
 
     # Nodes.
@@ -77,7 +83,13 @@ class Writer:
     def node(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs or {})
         node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self.scope}
+        if op in ("call_function", "call_method") and may_write(node):
+            self.note_written(node)
         return node
+
+    def note_written(self, node: fx.Node) -> None:
+        """Note that a node may write into its arguments."""
+        self._written |= written_arguments(node)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a function that re-tracing must keep as a node."""
@@ -107,6 +119,8 @@ class Writer:
         """Learn the root's arguments from their placeholders; returns what to call the root with."""
         self._head = self.mark()[0]
         self._open.update(nodes[name] for name in values)
+        if any(not _is_plain_argument(value) for value in values.values()):
+            raise Unrecordable("is given an object")
         return {name: self.bound(value, Origin(nodes[name]), constants=True) for name, value in values.items()}
 
     def known(self) -> Iterable[Any]:
@@ -132,7 +146,7 @@ class Writer:
                 with torch._C.DisableTorchFunction():
                     value = torch.ops.aten.alias(value)
             return self.learn(value, origin)
-        if value is None or (constants and isinstance(value, _CONSTANTS)):
+        if value is None or (constants and isinstance(value, PLAIN)):
             return value
         if isinstance(value, tuple):
             parts = [self.bound(one, origin.item(i), constants) for i, one in enumerate(value)]
@@ -149,8 +163,9 @@ class Writer:
                 if (part := self.bound(one, origin.attribute(key), constants)) is not one:
                     value = replace_field(value, key, part)
             return value
-        if isinstance(value, _CONSTANTS):
+        if isinstance(value, PLAIN):
             raise Unrecordable(f"takes a {kind.__name__} from what {origin.node.name!r} returns")
+        self.veils = True
         return self.learn(veiled(value, self.refuse), origin)
 
     def argument(self, value: Any) -> Any:
@@ -176,7 +191,7 @@ class Writer:
             return slice(*(self.argument(one) for one in (value.start, value.stop, value.step)))
         if kind is type and value in _DTYPES:
             return _DTYPES[value]
-        if isinstance(value, _CONSTANTS):
+        if isinstance(value, PLAIN):
             return value.item() if kind.__module__ == "numpy" else value  # type: ignore[union-attr]
         raise Unrecordable(f"passes a {kind.__name__}")
 
@@ -189,7 +204,7 @@ class Writer:
             return {key: self.output(one) for key, one in value.items()}
         if kind is torch.Size:
             raise Unrecordable("returns a torch.Size")
-        if isinstance(value, (*_CONSTANTS, Tensor, *SYMBOLIC)) or id(value) in self._known:
+        if isinstance(value, (*PLAIN, Tensor, *SYMBOLIC)) or id(value) in self._known:
             return self.argument(value)
         if is_record(value) and _is_made_of_its_fields(value):
             return self.call(kind, **{key: self.output(one) for key, one in fields_of(value)})
@@ -204,7 +219,7 @@ class Writer:
             return len(parts) - 1
 
         try:
-            how = recipe(value, (Tensor, *SYMBOLIC), take)
+            how = recipe(value, (Tensor, *SYMBOLIC), take, self.is_kept)
         except CaptureError as error:
             raise Unrecordable(f"returns a {type(value).__name__}, and {error}") from None
         name = f"recipe_{len(self.kept)}"
@@ -232,7 +247,9 @@ class Writer:
         if id(tensor) in self._known:
             origin = self._known[id(tensor)][1]
             return [self.size(origin, dim, size) for dim, size in enumerate(sizes)]
-        if id(tensor) not in self._tensors:
+        if id(tensor) in self._tensors:
+            self.expect(self.node("call_method", "size", (self.argument(tensor),)), tuple(sizes))
+        else:
             self.refuse(f"asks for the size of {_OUTSIDE}")
         return sizes
 
@@ -275,6 +292,23 @@ class Writer:
             except Unrecordable as failure:
                 self.refuse(str(failure))
 
+    def expect(self, node: fx.Node, answer: Any) -> None:
+        """Check where it is asked that a question has the answer it had."""
+        self.call(calls.expect_same, node, answer, node.name)
+
+    def assume_rank(self, tensor: Tensor) -> None:
+        """The number of a value's dimensions was asked for; it is checked unless it follows from the arguments'."""
+        known = self._known.get(id(tensor))
+        if known is not None and (known[1].steps or not has_fixed_rank(known[1].node)):
+            node = self._found(known[1])
+            if node not in self._ranked:
+                self._ranked.add(node)
+                self.expect(self.node("call_method", "dim", (node,)), _rank(tensor))
+
+    def can_be_asked_first(self, *nodes: fx.Node) -> bool:
+        """Whether what nodes give follows from the root's arguments, and these have not been written to so far."""
+        return is_known_at_once(*nodes) and self._written.isdisjoint(one for node in nodes for one in cone(node))
+
     def decide(self, node: fx.Node, answer: bool) -> None:
         """Note how a question about values was answered that follows from the root's arguments."""
         self._decided.append((node, answer))
@@ -308,11 +342,24 @@ def _rank(tensor: Tensor) -> int:
         return tensor.dim()
 
 
+def _is_plain_argument(value: Any) -> bool:
+    """Whether an argument is a tensor, a plain value, or a container of such: nothing that has an identity."""
+    kind = type(value)
+    if kind in (tuple, list):
+        return all(map(_is_plain_argument, value))
+    if kind is dict:
+        return all(type(key) in (str, int) for key in value) and all(map(_is_plain_argument, value.values()))
+    return kind is Tensor or (isinstance(value, PLAIN) and kind.__module__ in ("builtins", "torch"))
+
+
 def _is_made_of_its_fields(value: Any) -> bool:
     """Whether calling a dataclass with the fields of an instance gives the same."""
     fields = dict(fields_of(value))
     try:
-        again = dict(fields_of(type(value)(**fields)))
+        made = type(value)(**fields)
+        again = dict(fields_of(made))
     except Exception:
+        return False
+    if vars(made).keys() != vars(value).keys():
         return False
     return fields.keys() == again.keys() and all(fields[name] is again[name] for name in fields)
