@@ -167,14 +167,23 @@ def _flagged(code: types.CodeType) -> dict[int, str]:
 def _matters(reason: str, frame: types.FrameType, recorder: Any) -> bool:
     """Whether what is asked may be asked of something that a recording replaces: sizes, aliases, veiled objects."""
     if reason == _TYPE:
-        at_hand = any(type(value) in SYMBOLIC for value in frame.f_locals.values())
-        return at_hand or not _SIZED.isdisjoint(frame.f_code.co_names)
+        return any(type(value) in SYMBOLIC for value in frame.f_locals.values()) or _asks_type_of_size(frame.f_code)
     if reason == _DICTIONARY:  # a flag read or written past its property
         return "training" in (*frame.f_code.co_names, *frame.f_code.co_consts)
     if reason == _IDENTITY:
         value = _operand(frame)
         return value is _UNKNOWN or recorder.writer.veils or type(value) in SYMBOLIC or isinstance(value, torch.Tensor)
     return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _asks_type_of_size(code: types.CodeType) -> bool:
+    """Whether a line of the code has both a type and a size in it."""
+    lines: dict[int | None, set[str]] = {}
+    for instruction in dis.get_instructions(code):
+        line = instruction.positions.lineno if instruction.positions else None
+        lines.setdefault(line, set()).add(str(instruction.argval))
+    return any("type" in names and not _SIZED.isdisjoint(names) for names in lines.values())
 
 
 def _operand(frame: types.FrameType) -> Any:

@@ -15,6 +15,7 @@ _CHANGES = (
 
 
 _lock = threading.RLock()
+_PLAIN = frozenset({bool, int, float, str})
 _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
 
 
@@ -58,7 +59,8 @@ def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
 
     def read_plain(module: nn.Module, name: str) -> Any:
         value = plain_read(module, name)
-        if name not in _INTERNAL and name in plain_read(module, "__dict__") and _ours(tracer):
+        own = type(value) in _PLAIN or name in plain_read(module, "__dict__")  # or a default of the class
+        if own and name not in _INTERNAL and _ours(tracer):
             tracer.note_read(module, name, value)
         return value
 

@@ -27,6 +27,7 @@ class Remembered:
         values: the attributes that were read, as they were.
         parameters: the names of its own parameters.
         hooks: how many hooks of each kind it had.
+        children: the names of its children, and of those in its lists and dicts of modules.
     """
 
     path: tuple[str, ...]
@@ -34,6 +35,7 @@ class Remembered:
     values: tuple[tuple[str, Any], ...]
     parameters: tuple[str, ...]
     hooks: tuple[int, ...] = ()
+    children: tuple[Any, ...] = ()
 
 
 def remember(
@@ -58,6 +60,7 @@ def remember(
             tuple(found.items()),
             _own_parameters(modules.get(path, root if not path else None)),
             _hooks(modules[path]) if path in modules else (),
+            _children(modules[path]) if path in modules else (),
         )
         for path, found in values.items()
     )
@@ -93,6 +96,8 @@ def _difference(module: nn.Module, then: Remembered) -> str | None:
             return "got a forward of its own instance"
         if _hooks(module) != then.hooks:
             return "got or lost hooks"
+        if _children(module) != then.children:
+            return "has other children"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
     for name, value in then.values:
@@ -109,6 +114,12 @@ def _own_parameters(module: nn.Module | None) -> tuple[str, ...]:
 def _hooks(module: nn.Module) -> tuple[int, ...]:
     own = vars(module)
     return tuple([len(own.get(kind, ())) for kind in HOOKS])
+
+
+def _children(module: nn.Module) -> tuple[Any, ...]:
+    """The names of a module's children, in order; of lists and dicts of modules, what is in them."""
+    lists = (nn.ModuleList, nn.ModuleDict)
+    return tuple([(n, _children(c)) if isinstance(c, lists) else n for n, c in module._modules.items()])
 
 
 def _changed(path: tuple[str, ...], what: str) -> CaptureError:

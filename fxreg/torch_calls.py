@@ -126,18 +126,17 @@ def may_write(node: fx.Node) -> bool:
     return "out" in node.kwargs or bool(node.kwargs.get("inplace")) or (node.op == "call_function" and not name)
 
 
-def written_arguments(node: fx.Node) -> set[fx.Node]:
-    """The placeholders into whose memory a node that writes into its arguments may write."""
-    found, waiting = set[fx.Node](), [*node.all_input_nodes]
-    seen = set[fx.Node](waiting)
+def written(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose values a node that writes into its arguments may change: these, and what they may be views of."""
+    first, out = node.args[:1], node.kwargs.get("out")
+    known = node.op != "call_module" and bool(torch_name(node))
+    found, waiting = set[fx.Node](), nodes_in((first, out)) if known else [*node.all_input_nodes]
     while waiting:
         one = waiting.pop()
-        if one.op == "placeholder":
+        if one not in found:
             found.add(one)
-        elif torch_name(one) not in _FRESH and LAYER not in one.meta:
-            new = [each for each in one.all_input_nodes if each not in seen]
-            waiting += new
-            seen.update(new)
+            if torch_name(one) not in _FRESH and LAYER not in one.meta:
+                waiting += one.all_input_nodes
     return found
 
 

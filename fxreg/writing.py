@@ -13,7 +13,7 @@ from .errors import CaptureError
 from .shapes import RANK, has_fixed_rank, source
 from .sizes import SYMBOLIC, SizeNode, symbolic, veiled
 from .structure import PLAIN, fields_of, is_record, recipe, replace_field
-from .torch_calls import cone, is_known_at_once, may_write, written_arguments
+from .torch_calls import cone, is_known_at_once, may_write, written
 
 _DTYPES = {int: torch.int64, float: torch.float64, bool: torch.bool}
 _OUTSIDE = "a tensor made at trace time or kept outside the module"
@@ -89,7 +89,7 @@ class Writer:
 
     def note_written(self, node: fx.Node) -> None:
         """Note that a node may write into its arguments."""
-        self._written |= written_arguments(node)
+        self._written |= written(node)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a function that re-tracing must keep as a node."""
