@@ -18,6 +18,7 @@ import fxreg
 from fxreg.module import state_of
 from fxreg.structure import tensors
 
+from .attacks import ATTACKS
 from .recorded import CASES, AskedKind, Case, Net, NoneSometimes, Parts, Records, ValueBranch
 
 pytestmark = [
@@ -128,7 +129,16 @@ def assert_same(ours: Any, theirs: Any, where: str, exact: bool = True) -> None:
     ],
 )
 def test_later_calls_are_the_models(name: str, rule: fxreg.Rule) -> None:
-    case = CASES[name]
+    check(CASES[name], rule)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_are_the_models_or_refused(name: str) -> None:
+    check(ATTACKS[name], L1)
+
+
+def check(case: Case, rule: fxreg.Rule) -> None:
+    """Make the calls of a case with the model and with what is emitted for it, in both modes."""
     torch.manual_seed(5)
     example, later = case.example(), case.later()
     model, gm = emitted(case.make, example, rule)

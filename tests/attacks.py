@@ -1,0 +1,703 @@
+"""Models for which a recorder can easily be wrong without a word, or refuse without a need.
+
+Each is called otherwise than the example afterwards. What the first group demands is that the emitted module is the
+model plus its penalty or that there is an `FxregError`; what the second group demands is that it is the model.
+"""
+
+import contextvars
+import copy
+import enum
+import functools
+import random
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from . import recorded
+from .recorded import Case, Child, Net, Record, batch
+
+ATTACKS: dict[str, Case] = {}
+
+ONES = torch.ones(4, 3)
+
+attack = functools.partial(
+    recorded.case, table=ATTACKS, is_recorded=None, refusal="better than a wrong result, whatever the reason"
+)
+needless = functools.partial(recorded.case, table=ATTACKS)
+
+
+def twos() -> tuple[Tensor]:
+    return (ONES * 2,)
+
+
+def halves() -> tuple[tuple[Tensor]]:
+    return ((ONES * 0.5,),)
+
+
+def ones() -> tuple[Tensor]:
+    return (ONES,)
+
+
+def negative() -> tuple[tuple[Tensor]]:
+    return ((-ONES,),)
+
+
+# The rank of what is derived from an argument.
+
+
+@attack("a rank that depends on a size", later=lambda: (batch(1),))
+class SqueezeRank(Net):
+    def run(self, x: Tensor) -> Any:
+        h = self.fc(x).squeeze(0)
+        return (h.unsqueeze(0) if h.dim() == 1 else h) * 2
+
+
+@attack("a rank that depends on a size, as a length", later=lambda: (batch(1),))
+class SqueezeLen(Net):
+    def run(self, x: Tensor) -> Any:
+        h = self.fc(x).squeeze(0)
+        return h * len(h.shape)
+
+
+@attack(
+    "a rank that depends on the data type of an index",
+    lambda: (*batch(), torch.tensor([[0, 1, 2]] * 4)),
+    lambda: ((*batch(), torch.tensor([[True, False, True]] * 4)),),
+)
+class RankOfIndex(Net):
+    def run(self, x: Tensor, m: Tensor) -> Any:
+        y = self.fc(x)[m]
+        return y.unsqueeze(0) if y.dim() == 1 else y * 2
+
+
+# What a forward does before a child that is found to be opaque while it runs.
+
+
+def dropped(called: nn.Module, model: nn.Module) -> Any:
+    outputs = []
+    for seed in range(4):
+        random.seed(seed)
+        outputs.append(called(ONES))
+    return outputs
+
+
+@attack("Python's generator, before an opaque child", later=lambda: (dropped,))
+class LayerDrop(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.op(self.fc(x) if random.random() < 0.5 else x)
+
+
+def logged(called: nn.Module, model: Any) -> Any:
+    model.log.clear()
+    called(ONES)
+    return model.log
+
+
+@attack("a list that grows before an opaque child", later=lambda: (logged,))
+class LogBeforeChild(Net):
+    def prepare(self) -> None:
+        self.log: list[int] = []
+
+    def run(self, x: Tensor) -> Any:
+        self.log.append(len(x))
+        return self.op(self.fc(x))
+
+
+# Questions about arguments, asked after a write that no name shows.
+
+
+@attack("a write through a view", twos, halves)
+class ViewWritten(Net):
+    def run(self, x: Tensor) -> Any:
+        y = x.clone()
+        y.view(-1).sub_(1)
+        return self.fc(y) * 2 if (y > 0).all() else self.fc(y)
+
+
+@attack("a write to an item", twos, halves)
+class Setitem(Net):
+    def run(self, x: Tensor) -> Any:
+        y = x.clone()
+        y[0] = y[0] - 1
+        return self.fc(y) * 2 if (y > 0).all() else self.fc(y)
+
+
+@attack("a write by `out=`", twos, halves)
+class WrittenOut(Net):
+    def run(self, x: Tensor) -> Any:
+        y = x.clone()
+        torch.sub(x, 1, out=y)
+        return self.fc(y) * 2 if (y > 0).all() else self.fc(y)
+
+
+@attack("a write by a layer", twos, halves)
+class InPlaceLayer(Net):
+    def prepare(self) -> None:
+        self.threshold = nn.Threshold(1.0, -5.0, inplace=True)
+
+    def run(self, x: Tensor) -> Any:
+        y = x.clone()
+        self.threshold(y)
+        return self.fc(y) * 2 if (y > 0).all() else self.fc(y)
+
+
+@attack("a write by a function", twos, halves)
+class InPlaceFunction(Net):
+    def run(self, x: Tensor) -> Any:
+        y = x.clone()
+        F.threshold(y, 1.0, -5.0, inplace=True)
+        return self.fc(y) * 2 if (y > 0).all() else self.fc(y)
+
+
+@attack("a write that a view taken before shows", twos, halves)
+class ViewTakenBefore(Net):
+    def run(self, x: Tensor) -> Any:
+        v = x[0]
+        x.sub_(1)
+        return self.fc(x) * 2 if (v > 0).all() else self.fc(x)
+
+
+# Constants among the arguments, and objects whose identity is asked.
+
+
+class Mode(enum.Enum):
+    A = 1
+    B = 2
+
+
+SENTINEL = types.SimpleNamespace()
+
+
+@attack("a data type as an argument", lambda: (*batch(), torch.float32), lambda: ((*batch(), torch.float64),))
+class DtypeArgument(Net):
+    def run(self, x: Tensor, dtype: torch.dtype) -> Any:
+        return self.fc(x).to(dtype)
+
+
+@attack(
+    "a data type inside an argument",
+    lambda: ([{"x": ONES, "dtype": torch.float32}],),
+    lambda: (([{"x": ONES, "dtype": torch.float64}],),),
+)
+class DtypeNested(Net):
+    def run(self, k: list[dict[str, Any]]) -> Any:
+        return self.fc(k[0]["x"]).to(k[0]["dtype"])
+
+
+@attack("a complex number as an argument", lambda: (*batch(), 1 + 2j), lambda: ((*batch(), 3 + 4j),))
+class ComplexArgument(Net):
+    def run(self, x: Tensor, k: complex) -> Any:
+        return self.fc(x) * k.real
+
+
+@attack("an enum as an argument", lambda: (*batch(), Mode.B), lambda: ((*batch(), Mode.A),))
+class EnumArgument(Net):
+    def run(self, x: Tensor, mode: Mode) -> Any:
+        return self.fc(x) * (2 if mode is Mode.A else 3)
+
+
+@attack(
+    "an object whose identity is asked",
+    lambda: (*batch(), types.SimpleNamespace()),
+    lambda: (lambda called, model: called(ONES, SENTINEL),),
+)
+class ObjectIdentity(Net):
+    def run(self, x: Tensor, k: Any) -> Any:
+        return self.fc(x) * (2 if k is SENTINEL else 3)
+
+
+@attack(
+    "one tensor as both arguments", lambda: (*batch(), *batch()), lambda: (lambda called, model: called(ONES, ONES),)
+)
+class SameArgument(Net):
+    def run(self, query: Tensor, key: Tensor) -> Any:
+        return self.fc(query) if query is key else self.fc(query) + key
+
+
+@attack("a parameter as an argument", later=lambda: (lambda called, model: called(nn.Parameter(ONES.clone())),))
+class ParameterArgument(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * (2 if isinstance(x, nn.Parameter) else 3)
+
+
+# The type of a size.
+
+
+@attack("a size that is asked whether it is an int", later=lambda: (batch(8),))
+class IsInstanceInt(Net):
+    def run(self, x: Tensor) -> Any:
+        n = x.shape[0]
+        return self.fc(x) * (2 if isinstance(n, int) and n > 4 else 1)
+
+
+@attack("a size whose type is compared", later=lambda: (batch(8),))
+class TypeIsInt(Net):
+    def run(self, x: Tensor) -> Any:
+        n = x.shape[0]
+        return self.fc(x) * (2 if type(n) is int and n > 4 else 1)
+
+
+# The identity of tensors that an operation gives back as they are.
+
+
+@attack("a tensor that is contiguous already", lambda: (torch.randn(3, 4).t(),), lambda: (batch(),))
+class ContiguousIs(Net):
+    def run(self, x: Tensor) -> Any:
+        y = x.contiguous()
+        return self.fc(y if y is x else y * 2)
+
+
+@attack("a tensor that has the data type already", lambda: (ONES.double(),), lambda: (batch(),))
+class ToIs(Net):
+    def run(self, x: Tensor) -> Any:
+        y = x.to(torch.float32)
+        return self.fc(y if y is x else y * 2)
+
+
+@attack("a tensor as a key", lambda: (ONES.double(),), lambda: (batch(),))
+class TensorKey(Net):
+    def run(self, x: Tensor) -> Any:
+        y = x.to(torch.float32)
+        return self.fc(y) * (2 if y in {x: 1} else 3)
+
+
+# Kinds of tensors.
+
+
+@attack("a data type inside a list", lambda: ([ONES],), lambda: (([ONES.double()],),))
+class DtypeInList(Net):
+    def run(self, k: list[Tensor]) -> Any:
+        return self.fc(k[0].float()) * (1 if k[0].dtype == torch.float32 else 2)
+
+
+class Widening(Child):
+    def forward(self, x: Tensor) -> Any:
+        return x if self.lin(x).sum() + 100 * x.sum() > 0 else x.double()
+
+
+@attack("a data type that only an opaque module knows", ones, negative)
+class DtypeOfOpaque(Net):
+    def prepare(self) -> None:
+        self.op = Widening()
+
+    def run(self, x: Tensor) -> Any:
+        y = self.op(x)
+        return self.fc(y.float()) * (1 if y.dtype == torch.float32 else 2)
+
+
+@attack("a layout", later=lambda: ((ONES.to_sparse(),),))
+class Sparse(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x.to_dense() * 2 if x.is_sparse else x)
+
+
+def widened(called: nn.Module, model: nn.Module) -> Any:
+    model.register_buffer("buffer", torch.ones(5))
+    return called(ONES)
+
+
+@attack("the size of a buffer that is replaced", later=lambda: (widened,))
+class SizeOfBuffer(Net):
+    def prepare(self) -> None:
+        self.register_buffer("buffer", torch.ones(3))
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * self.buffer.shape[0]
+
+
+# Layers with hooks, whose results are not what their class says.
+
+
+@attack("a hook that changes the size", later=lambda: (batch(6),))
+class HookSize(Net):
+    def prepare(self) -> None:
+        self.fc.register_forward_hook(lambda module, args, output: output[:4])
+
+    def run(self, x: Tensor) -> Any:
+        y = self.fc(x)
+        return y / y.shape[0]
+
+
+@attack("a hook that gives a tuple sometimes", ones, negative)
+class HookTuple(Net):
+    def prepare(self) -> None:
+        self.fc.register_forward_hook(lambda module, args, output: (output, output) if args[0].sum() > 0 else output)
+
+    def run(self, x: Tensor) -> Any:
+        y = self.fc(x)
+        return y[0] if isinstance(y, tuple) else y * 2
+
+
+@attack("a hook that gives None sometimes", ones, negative)
+class HookNone(Net):
+    def prepare(self) -> None:
+        self.fc.register_forward_hook(lambda module, args, output: (output, None if args[0].sum() > 0 else output))
+
+    def run(self, x: Tensor) -> Any:
+        y, z = self.fc(x)
+        return y if z is None else y + z
+
+
+@attack("a hook that changes the rank", ones, negative)
+class HookRank(Net):
+    def prepare(self) -> None:
+        self.fc.register_forward_hook(lambda module, args, output: output if args[0].sum() > 0 else output.sum(0))
+
+    def run(self, x: Tensor) -> Any:
+        y = self.fc(x)
+        return y.unsqueeze(0) * 2 if y.dim() == 1 else y
+
+
+# Changes of shape in place.
+
+
+@attack("a transposition in place", lambda: batch(3), lambda: (batch(5),))
+class TransposedInPlace(Net):
+    def run(self, x: Tensor) -> Any:
+        y = self.fc(x)
+        y.transpose_(0, 1)
+        return y.t() / y.shape[0]
+
+
+@attack("a size read before a transposition in place", lambda: batch(3), lambda: (batch(5),))
+class SizeReadBefore(Net):
+    def run(self, x: Tensor) -> Any:
+        y = torch.cat([self.op(x)])
+        n = y.shape[0]
+        y.t_()
+        return self.fc(y.t()) / n
+
+
+@attack("a size after a dimension was added in place")
+class UnsqueezedInPlace(Net):
+    def run(self, x: Tensor) -> Any:
+        y = self.fc(x)
+        y.unsqueeze_(0)
+        return y, y.shape[0]
+
+
+LIBRARY = torch.library.Library("fxreg_attacks", "DEF")
+LIBRARY.define("relu(Tensor x) -> Tensor")
+LIBRARY.impl("relu", lambda x: x[:4] * 1.0, "CompositeImplicitAutograd")
+
+
+@attack("an operator of the user's with the name of one of torch's", later=lambda: (batch(6),))
+class OperatorsName(Net):
+    def run(self, x: Tensor) -> Any:
+        y = torch.ops.fxreg_attacks.relu(self.fc(x))
+        return y / y.shape[0]
+
+
+# Side effects, and state that is nobody's.
+
+
+@attack("a write to the caller's dataclass", lambda: (Record(ONES),), lambda: ((Record(torch.ones(2, 3)),),))
+class RecordWritten(Net):
+    def run(self, k: Record) -> Any:
+        k.extra = self.fc(k.x)
+        return k.extra * 2
+
+
+def class_counted(called: nn.Module, model: nn.Module) -> Any:
+    ClassCounter.calls = 0
+    return called(ONES), ClassCounter.calls
+
+
+@attack("a counter of the class", later=lambda: (class_counted,))
+class ClassCounter(Net):
+    calls = 0
+
+    def run(self, x: Tensor) -> Any:
+        ClassCounter.calls += 1
+        return self.fc(x), None
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.calls = 2.0, 0
+
+    def forward(self, x: Tensor) -> Any:
+        return x * self.k
+
+
+class Counter(Scale):
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        return x * 2
+
+
+def rescaled(called: nn.Module, model: Any) -> Any:
+    model.kept[0].k = 3.0
+    return called(ONES)
+
+
+@attack("an attribute of a module in a list", later=lambda: (rescaled,))
+class ListedModule(Net):
+    def prepare(self) -> None:
+        self.kept = [Scale()]
+
+    def run(self, x: Tensor) -> Any:
+        return self.kept[0](self.fc(x))
+
+
+def list_counted(called: nn.Module, model: Any) -> Any:
+    model.kept[0].calls = 0
+    return called(ONES), model.kept[0].calls
+
+
+@attack("a counter of a module in a list", later=lambda: (list_counted,))
+class ListedCounter(Net):
+    def prepare(self) -> None:
+        self.kept = [Counter()]
+
+    def run(self, x: Tensor) -> Any:
+        return self.kept[0](self.fc(x))
+
+
+def heard(called: nn.Module, model: Any) -> Any:
+    model.heard.clear()
+    return called(ONES), len(model.heard)
+
+
+@attack("a hook of a module in a list", later=lambda: (heard,))
+class ListedHook(Net):
+    def prepare(self) -> None:
+        self.kept, self.heard = [nn.ReLU()], []
+        self.kept[0].register_forward_hook(lambda module, args, output: self.heard.append(1))
+
+    def run(self, x: Tensor) -> Any:
+        return self.kept[0](self.fc(x))
+
+
+class Slotted:
+    __slots__ = ("n",)
+
+    def __init__(self) -> None:
+        self.n = 0
+
+
+def slot_counted(called: nn.Module, model: Any) -> Any:
+    model.slotted.n = 0
+    return called(ONES), model.slotted.n
+
+
+@attack("a counter in a slot", later=lambda: (slot_counted,))
+class SlotWritten(Net):
+    def prepare(self) -> None:
+        self.slotted = Slotted()
+
+    def run(self, x: Tensor) -> Any:
+        self.slotted.n += 1
+        return self.fc(x)
+
+
+def counting(x: Tensor) -> Tensor:
+    counting.calls += 1
+    return x
+
+
+counting.calls = 0
+
+
+def function_counted(called: nn.Module, model: nn.Module) -> Any:
+    counting.calls = 0
+    return called(ONES), counting.calls
+
+
+@attack("a counter on a function", later=lambda: (function_counted,))
+class FunctionAttribute(Net):
+    def run(self, x: Tensor) -> Any:
+        return counting(self.fc(x))
+
+
+VARIABLE = contextvars.ContextVar("VARIABLE", default=2.0)
+
+
+def variable_set(called: nn.Module, model: nn.Module) -> Any:
+    VARIABLE.set(2.0)
+    return called(ONES), VARIABLE.get()
+
+
+@attack("a context variable", later=lambda: (variable_set,))
+class ContextVarWritten(Net):
+    def run(self, x: Tensor) -> Any:
+        VARIABLE.set(9.0)
+        return self.fc(x)
+
+
+@attack("a generator that is set back")
+class RngRestored(Net):
+    def run(self, x: Tensor) -> Any:
+        state = torch.get_rng_state()
+        y = F.dropout(self.fc(x), 0.5, self.training)
+        torch.set_rng_state(state)
+        return y
+
+
+class ModeBlock(Child):
+    def forward(self, x: Tensor) -> Any:
+        return F.dropout(self.lin(x), 0.5, vars(self)["training"])
+
+
+def partly(called: nn.Module, model: Any) -> Any:
+    model.train()
+    model.block.eval()
+    return called(ONES)
+
+
+@attack("the mode of a part, read past its attribute", later=lambda: (partly,))
+class TrainingPastTheAttribute(Net):
+    def prepare(self) -> None:
+        self.block = ModeBlock()
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(self.block(x))
+
+
+# Outputs.
+
+
+class Result:
+    def __init__(self, y: Tensor, mode: str) -> None:
+        self.y, self.mode, self.notes = y, mode, {1}
+
+
+@attack("an object that holds the mode")
+class ResultsMode(Net):
+    def run(self, x: Tensor) -> Any:
+        return Result(self.fc(x), "train" if self.training else "eval")
+
+
+def noted(called: nn.Module, model: nn.Module) -> Any:
+    called(ONES).notes.add(5)
+    return called(ONES).notes
+
+
+@attack("an object that the caller changes", later=lambda: (noted,))
+class ResultShared(Net):
+    def run(self, x: Tensor) -> Any:
+        return Result(self.fc(x), "")
+
+
+@attack("an attribute of a dataclass that is no field")
+class RecordsExtra(Net):
+    def run(self, x: Tensor) -> Any:
+        record = Record(self.fc(x))
+        record.more = 3
+        return record
+
+
+@attack("a number that is equal to the mode")
+class OneOrZero(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x), 1.0 if self.training else 0.0
+
+
+# State of others that the forward reads, and layers that come later.
+
+
+def restyled(called: nn.Module, model: Any) -> Any:
+    type(model).factor = 3.0
+    try:
+        return called(ONES)
+    finally:
+        type(model).factor = 2.0
+
+
+@attack("an attribute of the class", later=lambda: (restyled,))
+class ClassAttribute(Net):
+    factor = 2.0
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * self.factor
+
+
+def lengthened(called: nn.Module, model: Any) -> Any:
+    model.layers.append(copy.deepcopy(model.layers[0]))
+    return called(ONES)
+
+
+@attack("a layer that is appended", later=lambda: (lengthened,))
+class LayerAppended(Net):
+    def prepare(self) -> None:
+        self.layers = nn.ModuleList([nn.Linear(3, 3)])
+
+    def run(self, x: Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+# Models for which nothing must be refused.
+
+
+@needless("the state dict", later=lambda: (lambda called, model: bool(called.state_dict()),))
+class StateDict(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x)
+
+
+def with_others(called: nn.Module, model: nn.Module) -> Any:
+    parameters = {name: parameter + 1 for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        return torch.func.functional_call(called, parameters, (ONES,))
+
+
+@needless("a functional call", later=lambda: (with_others,))
+class FunctionalCall(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x)
+
+
+def retraced(called: nn.Module, model: nn.Module) -> Any:
+    return called(ONES) if called is model else fx.symbolic_trace(called)(ONES)
+
+
+@needless("another symbolic trace", later=lambda: (retraced,))
+class Retraced(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x)
+
+
+def compiled(called: nn.Module, model: nn.Module) -> Any:
+    torch._dynamo.reset()
+    compiled = called if called is model else torch.compile(called, backend="eager")
+    with torch.no_grad():
+        return [compiled(torch.ones(n, 3)) for n in (4, 6, 2)]
+
+
+@needless("a branch on a size, compiled", later=lambda: (compiled,))
+class CompiledSizes(Net):
+    def run(self, x: Tensor) -> Any:
+        y = self.fc(x)
+        return y * 2 if x.shape[0] > 4 else y
+
+
+@needless("an argument with the name of a global", lambda: (*batch(), torch.device("cpu")), tuple, is_recorded=None)
+class ArgumentsName(Net):
+    def run(self, x: Tensor, device: torch.device) -> Any:
+        return self.fc(x.to(device))
+
+
+@needless("a question that only makes sense after another", ones, lambda: ((torch.ones(2, 3),),))
+class ShortCircuit(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * (2 if len(x) > 3 and (x[3] > 0).all() else 1)
+
+
+@needless(
+    "a question that only makes sense for equal shapes", lambda: (ONES, ONES), lambda: ((ONES, torch.ones(2, 3)),)
+)
+class ShortCircuitShapes(Net):
+    def run(self, x: Tensor, m: Tensor) -> Any:
+        return self.fc(x) * (2 if m.shape == x.shape and (m == x).all() else 1)
+
+
+@needless("a quotient of a size as an int", later=lambda: (batch(6),))
+class IntOfQuotient(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * int(x.shape[0] / 3)
