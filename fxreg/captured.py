@@ -4,8 +4,9 @@ Whether what a recorded graph assumes still holds is asked before anything else 
 nothing: the emitted module then runs its other graph, which assumes nothing.
 """
 
+import collections
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import fx, nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 
+from .errors import CaptureError
 from .graphs import as_function, read, written
-from .staleness import Remembered
-from .structure import likeness, tensors
+from .staleness import Remembered, check_unchanged
+from .structure import PLAIN, likeness, tensors
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class Captured:
         """Whether the original model's own forward may run."""
         return "" in self.opaque or (self.otherwise is not None and self.otherwise.needs_model)
 
+    def is_stale(self, model: nn.Module, children: Mapping[str, Any]) -> bool:
+        """Whether what the graph holds as it was is no longer so."""
+        try:
+            check_unchanged(model, self.remembered, children)
+        except CaptureError:
+            return True
+        return False
+
     def instead(self, difference: str) -> "Captured":
         """The same, with a note that a recording was not right."""
         opaque = {
@@ -56,6 +66,51 @@ class Captured:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """An attribute that a first call sets, of a module or of an object that a module keeps.
+
+    Attributes:
+        path: of the module.
+        keeper: the module's attribute with the object; "" for the module itself.
+        name: of the attribute; of hooks, their kind.
+        value: a plain one, how many hooks, or else the type.
+    """
+
+    path: str
+    keeper: str
+    name: str
+    value: Any
+
+    def holds(self, model: nn.Module) -> bool:
+        owner: Any = model.get_submodule(self.path)
+        if self.keeper:
+            owner = getattr(owner, self.keeper, None)
+        now: object = getattr(owner, self.name, ...)
+        if isinstance(now, collections.OrderedDict):
+            return len(now) == self.value
+        return type(now) is self.value if isinstance(self.value, type) else bool(now == self.value)
+
+
+def settled(model: nn.Module, changes: Iterable[tuple[int, str, Any]]) -> tuple[Settled, ...] | None:
+    """Where changes of state are, as `Snapshot.settling` gives them; None if somewhere else."""
+    places: dict[int, tuple[str, str, str]] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(getattr(value, "__dict__", None), dict):
+                places.setdefault(id(vars(value)), (path, name, ""))
+            elif isinstance(value, collections.OrderedDict):
+                places.setdefault(id(value), (path, "", name))
+        places[id(vars(module))] = (path, "", "")
+    found = []
+    for identity, name, value in changes:
+        if identity not in places:
+            return None
+        path, keeper, kind = places[identity]
+        found.append(Settled(path, keeper, kind or name, value if isinstance(value, PLAIN) else type(value)))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class Assumed:
     """What held when a forward was recorded.
 
@@ -68,6 +123,7 @@ class Assumed:
         is_eager: whether the forward asked if it was being compiled.
         asks_values: whether it computes with values, and not with sizes alone.
         kept: objects that the graph refers to, by name.
+        settled: what a first call of the model sets for good.
     """
 
     arguments: tuple[Any, ...]
@@ -78,6 +134,7 @@ class Assumed:
     is_eager: bool
     asks_values: bool
     kept: Mapping[str, Any]
+    settled: tuple[Settled, ...] = ()
     ask: Callable[..., Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +151,9 @@ class Assumed:
         """Whether it does, for a call of the model with these arguments."""
         if tuple(map(likeness, arguments)) != self.arguments:
             return False
+        for one in self.settled:
+            if not one.holds(model):
+                return False
         mode = model.training
         for path in self.modes:
             if model.get_submodule(path).training != mode:

@@ -4,19 +4,20 @@ A recording is believed once a second one says the same, and once nothing that w
 graph cannot hold. Otherwise the modules at fault stay whole, and everything is recorded again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
 
-from .captured import Assumed, Captured, joined, kinds_of
+from .captured import Assumed, Captured, Settled, joined, kinds_of, settled
 from .layers import described
 from .merging import differing, merged
 from .module import CHILD
 from .proxies import Untraceable
 from .recording import Recorder
 from .scanning import global_objects
-from .snapshots import borrowed, iterator_kept
+from .snapshots import Snapshot, borrowed, iterator_kept
 from .staleness import remember
 from .structure import fresh, likeness, map_tensors
 
@@ -66,6 +67,7 @@ class _Session:
         self.model, self.place, self.arguments, self.call, self.forced = model, place, arguments, call, forced
         self.also = global_objects(model)
         self.watches = False
+        self.settled = self._settle()
 
     def recorded(self) -> Captured:
         first, again, other = self._run(training=True), self._run(training=True), self._run(training=False)
@@ -87,10 +89,37 @@ class _Session:
             is_eager=first.asked.compiling or other.asked.compiling,
             asks_values=asked[0][2] or asked[1][2],
             kept=first.writer.kept,
+            settled=self.settled,
         )
         modules = first.ledger.modules | other.ledger.modules
         reads = first.ledger.reads | other.ledger.reads
-        return Captured(graph, first.opaque, remember(self.model, modules, reads.items()), assumed)
+        with self._borrowed(training=True):
+            remembered = remember(self.model, modules, reads.items())
+        return Captured(graph, first.opaque, remembered, assumed)
+
+    def _settle(self) -> tuple[Settled, ...]:
+        """What a first call sets for good. The recordings are of later calls."""
+        with borrowed(self.model):
+            before = Snapshot(self.model.modules(), also=self.also)
+            self._call_once()
+            changes = before.settling()
+            return (changes and settled(self.model, changes)) or ()
+
+    def _call_once(self) -> None:
+        self.call(map_tensors(fresh, self.arguments))
+
+    @contextmanager
+    def _borrowed(self, training: bool) -> Iterator[Callable[[], None]]:
+        """The model in a mode, after its first call if that sets something."""
+        with borrowed(self.model, training=training) as reset:
+
+            def settle() -> None:
+                reset()
+                if self.settled:
+                    self._call_once()
+
+            settle()
+            yield settle
 
     def _agree(self, one: Recorder, other: Recorder, numbers: bool) -> None:
         if missing := one.opaque.keys() ^ other.opaque.keys():
@@ -101,7 +130,7 @@ class _Session:
 
     def _run(self, training: bool) -> Recorder:
         """One recording, in one mode; the model is left as it was."""
-        with borrowed(self.model, training=training) as reset:
+        with self._borrowed(training) as reset:
             recorder = self._record()
             if recorder.changed() and not self.watches:
                 reset()

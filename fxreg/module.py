@@ -112,8 +112,10 @@ class State(nn.Module):
         gets that graph, in which the question is asked again."""
         if any(isinstance(one, fx.Proxy) for one in arguments):
             return True
-        assert self.captured.assumed is not None
-        return self.captured.assumed.holds(self.model, arguments)
+        captured, model = self.captured, self.model
+        if not torch.compiler.is_compiling() and captured.is_stale(model, model._modules):
+            return False
+        return captured.assumed is not None and captured.assumed.holds(model, arguments)
 
     def unbound(self) -> tuple[str, ...]:
         """The labels of the rules whose companion call has not come yet."""

@@ -89,6 +89,21 @@ class Snapshot:
         """Where something is no longer as it was, if anywhere; only in what another snapshot also remembers."""
         return next(map(self._name, self._changes(within)), None)
 
+    def settling(self) -> "tuple[tuple[int, str, Any], ...] | None":
+        """What was set since, as (identity of an object's dictionary or of a container, attribute, value): new
+        attributes, and plain values in the place of others; the length of an ordered dict of hooks, under "". None if
+        anything else changed."""
+        found: list[tuple[int, str, Any]] = []
+        for identity in self._changes():
+            now, before = (self._empty[identity], {}) if identity in self._empty else self._held[identity]
+            if isinstance(now, collections.OrderedDict):
+                found.append((identity, "", len(now)))
+                continue
+            if not isinstance(now, dict) or identity in self._empty or before.keys() - now.keys():
+                return None
+            found += [(identity, name, one) for name, one in now.items() if before.get(name, ...) is not one]
+        return tuple(found)
+
     def restore(self, within: "Snapshot | None" = None) -> None:
         """Put everything back, or what another snapshot also remembers."""
         for identity in [*self._changes(within)]:

@@ -18,6 +18,8 @@ from .matching import match
 from .module import mark_verified, state_of
 from .planning import Emit, Plan, plan
 from .rules import Rule, checked_rules
+from .snapshots import borrowed
+from .structure import fresh, map_tensors
 from .verifying import verify
 from .watching import watch
 
@@ -84,12 +86,19 @@ def transform(
         verify(gm if other is None else other, model, example_inputs)
         if captured.otherwise is not None:
             try:
-                verify(gm, model, example_inputs)
+                with borrowed(root):
+                    _call(root, example_inputs)  # what a first call sets
+                    verify(gm, model, example_inputs)
             except Exception as error:  # the model did more than was recorded: without the recording, then
                 gm = lower(root, captured.otherwise.instead(str(error)), planned, emit)
                 watch(gm)
         mark_verified(state_of(gm))
     return gm
+
+
+def _call(model: nn.Module, example_inputs: Examples) -> None:
+    args, kwargs = map_tensors(fresh, split_examples(example_inputs))
+    model(*args, **kwargs)
 
 
 @contextmanager

@@ -48,7 +48,8 @@ def _is_eager_training(module: nn.Module) -> bool:
 def _refuse_changed(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         state = state_of(module)
-        check_unchanged(state.model, state.captured.remembered, module._modules)
+        captured = state.captured.otherwise or state.captured  # a recording that does not hold is left aside
+        check_unchanged(state.model, captured.remembered, module._modules)
 
 
 def _warn_unbound(module: nn.Module, args: Any) -> None:

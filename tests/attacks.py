@@ -76,15 +76,15 @@ class RankOfIndex(Net):
 # What a forward does before a child that is found to be opaque while it runs.
 
 
-def dropped(called: nn.Module, model: nn.Module) -> Any:
-    outputs = []
-    for seed in range(4):
-        random.seed(seed)
-        outputs.append(called(ONES))
-    return outputs
+def drawn(seed: int, called: nn.Module, model: nn.Module) -> Any:
+    random.seed(seed)
+    return called(ONES)
 
 
-@attack("Python's generator, before an opaque child", later=lambda: (dropped,))
+@attack(
+    "Python's generator, before an opaque child",
+    later=lambda: tuple(functools.partial(drawn, seed) for seed in range(4)),
+)
 class LayerDrop(Net):
     def run(self, x: Tensor) -> Any:
         return self.op(self.fc(x) if random.random() < 0.5 else x)
@@ -677,7 +677,9 @@ class CompiledSizes(Net):
         return y * 2 if x.shape[0] > 4 else y
 
 
-@needless("an argument with the name of a global", lambda: (*batch(), torch.device("cpu")), tuple, is_recorded=None)
+@needless(
+    "an argument with the name of a global", lambda: (*batch(), torch.device("cpu")), lambda: (), is_recorded=None
+)
 class ArgumentsName(Net):
     def run(self, x: Tensor, device: torch.device) -> Any:
         return self.fc(x.to(device))
