@@ -87,8 +87,9 @@ class Settled:
             owner = getattr(owner, self.keeper, None)
         now: object = getattr(owner, self.name, ...)
         if isinstance(now, collections.OrderedDict):
-            return len(now) == self.value
-        return type(now) is self.value if isinstance(self.value, type) else bool(now == self.value)
+            return bool(len(now) == self.value)
+        is_type = isinstance(self.value, type)
+        return type(now) is self.value if is_type else bool(likeness(now) == likeness(self.value))
 
 
 def settled(model: nn.Module, changes: Iterable[tuple[int, str, Any]]) -> tuple[Settled, ...] | None:

@@ -4,6 +4,7 @@ A recording is believed once a second one says the same, and once nothing that w
 graph cannot hold. Otherwise the modules at fault stay whole, and everything is recorded again.
 """
 
+import contextvars
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -106,7 +107,7 @@ class _Session:
             return (changes and settled(self.model, changes)) or ()
 
     def _call_once(self) -> None:
-        self.call(map_tensors(fresh, self.arguments))
+        contextvars.copy_context().run(self.call, map_tensors(fresh, self.arguments))
 
     @contextmanager
     def _borrowed(self, training: bool) -> Iterator[Callable[[], None]]:

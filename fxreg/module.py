@@ -156,7 +156,7 @@ class _Asking(fx.graph.CodeGen):
         super().__init__()
         places = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
         (check,) = (node for node in graph.nodes if node.target is calls.expect_assumed)
-        asked = ", ".join(node.name for node in check.args[1])
+        asked = ", ".join(str(node.target) for node in check.args[1])  # its name may be other, and not yet bound
         self._lines = (
             f"    if not self.{CHILD}.assumes({asked}):\n"
             f"        return self.{CHILD}.otherwise.forward({', '.join(places)})\n"

@@ -66,8 +66,13 @@ def remember(
     )
 
 
-def check_unchanged(model: nn.Module, remembered: Iterable[Remembered], children: Mapping[str, Any]) -> None:
+def check_unchanged(
+    model: nn.Module, remembered: Iterable[Remembered], children: Mapping[str, Any], values: bool = True
+) -> None:
     """Raise unless the model still is what was captured, and its children are those of the emitted module.
+
+    Args:
+        values: whether attributes and hooks count, too, and not only modules and parameters.
 
     Raises:
         CaptureError: where it changed.
@@ -79,12 +84,12 @@ def check_unchanged(model: nn.Module, remembered: Iterable[Remembered], children
         module: Any = model
         for part in one.path:
             module = module._modules.get(part) if module is not None else None
-        what = "was removed" if module is None else _difference(module, one)
+        what = "was removed" if module is None else _difference(module, one, values)
         if what:
             raise _changed(one.path, what)
 
 
-def _difference(module: nn.Module, then: Remembered) -> str | None:
+def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None:
     """What is new about a module, if anything."""
     own = vars(module)
     if then.kind:
@@ -94,13 +99,13 @@ def _difference(module: nn.Module, then: Remembered) -> str | None:
             return f"is now a {type(module).__name__}"
         if "forward" in own:
             return "got a forward of its own instance"
-        if _hooks(module) != then.hooks:
+        if values and _hooks(module) != then.hooks:
             return "got or lost hooks"
         if _children(module) != then.children:
             return "has other children"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
-    for name, value in then.values:
+    for name, value in then.values if values else ():
         now = _frozen(own[name] if name in own else getattr(module, name, _UNKNOWN))
         if not _alike(now, value):
             return f"has another {name!r}"

@@ -1,5 +1,6 @@
 """The way in: match, plan, capture, lower, verify, in that order; and the way back."""
 
+import contextvars
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ def transform(
 
 def _call(model: nn.Module, example_inputs: Examples) -> None:
     args, kwargs = map_tensors(fresh, split_examples(example_inputs))
-    model(*args, **kwargs)
+    contextvars.copy_context().run(model, *args, **kwargs)
 
 
 @contextmanager

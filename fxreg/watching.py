@@ -48,8 +48,11 @@ def _is_eager_training(module: nn.Module) -> bool:
 def _refuse_changed(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         state = state_of(module)
-        captured = state.captured.otherwise or state.captured  # a recording that does not hold is left aside
-        check_unchanged(state.model, captured.remembered, module._modules)
+        captured, model = state.captured, state.model
+        # A recording of other attributes is left aside: there is another graph for them.
+        check_unchanged(model, captured.remembered, module._modules, values=captured.otherwise is None)
+        if captured.otherwise is not None:
+            check_unchanged(model, captured.otherwise.remembered, module._modules)
 
 
 def _warn_unbound(module: nn.Module, args: Any) -> None:
