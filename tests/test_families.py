@@ -1,5 +1,8 @@
 """Real models: a part of the zoo, with every kind of model in it; docs/coverage.md has it for all of the zoo."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -47,13 +50,20 @@ def test_a_real_model_trains_on_the_hand_written_loss(name: str) -> None:
     assert_faithful(gm, *ZOO[name].make(), STRENGTH)
 
 
-def test_capture_sees_as_many_layers_as_it_did() -> None:
+def share_of_layers_seen() -> float:
     seen = layers = 0
     for name in TESTED:
         model, examples = ZOO[name].make()
         found = visible(model, capture(model, examples).graph, examples)
         seen, layers = seen + found[0], layers + found[1]
-    assert seen >= VISIBLE * layers, f"{seen} of {layers}"
+    return seen / layers
+
+
+def test_capture_sees_as_many_layers_as_it_did() -> None:
+    # In a process of its own: compiling a model leaves transformers in another state.
+    code = "from tests.test_families import share_of_layers_seen as share; print(share())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) >= VISIBLE
 
 
 def _breaks(module: torch.nn.Module, examples: Inputs) -> int:
