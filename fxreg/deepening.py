@@ -145,8 +145,6 @@ class _Session:
         recorder = Recorder(self.model, f"{CHILD}.model", self.forced, self.also, self.watches)
         try:
             recorder.record(self.place, map_tensors(fresh, self.arguments), self.call)
-        except Untraceable:
-            raise
-        except Exception as error:
+        except Exception as error:  # not Untraceable, which is none
             raise _Again(recorder.failed or {"": described(error)}) from error
         return recorder

@@ -24,31 +24,17 @@ from torch.overrides import TorchFunctionMode
 from . import calls
 from .executing import inside_handler, watched
 from .interception import intercepted
-from .layers import ambient_state, described, is_layer, is_plain_layer, tensor_paths, whole_reason
+from .layers import described, is_layer, is_plain_layer, tensor_paths, whole_reason
+from .listening import OTHER_MODE, Listening, ambient
 from .proxies import Untraceable
-from .shapes import LAYER, RANK
+from .shapes import LAYER
 from .side_channels import Ledger
-from .sizes import SYMBOLIC, concrete
+from .sizes import concrete
 from .snapshots import Snapshot, rng_state
 from .structure import differs, fields_of, held, holds_mutable, is_record, likeness
-from .torch_calls import (
-    DECISIONS,
-    KINDS,
-    RANKS,
-    SILENT,
-    SIZES,
-    as_node,
-    holds_only_tensors,
-    is_certain,
-    is_in_place,
-    is_refused,
-    name_of,
-    nodes_in,
-)  # fmt: skip
 from .writing import Mark, Origin, Unrecordable, Writer
 
 _CALL = nn.Module.__call__
-_OTHER_MODE = "runs part of itself in another grad, autocast or inference mode"
 
 
 @dataclass
@@ -98,6 +84,7 @@ class Recorder:
         self, root: nn.Module, root_alias: str, forced: Mapping[str, str], also: tuple[Any, ...], watches: bool
     ) -> None:
         self.root = root
+        self.ambient: tuple[object, ...] = ()
         self.opaque: dict[str, str] = {}
         self.ledger = Ledger()
         self.asked = Asked()
@@ -122,7 +109,7 @@ class Recorder:
         return self._identity if self.writer.writes else 0
 
     def mode(self) -> TorchFunctionMode:
-        return _Listening(self)
+        return Listening(self)
 
     def give_up(self, reason: str) -> None:
         """Make the innermost module whole; it runs on, unrecorded."""
@@ -156,6 +143,11 @@ class Recorder:
             self.give_up("reads the mode of a module that is none of the model's")
         return bool(vars(module).get("training", True))
 
+    def is_in_leaf(self) -> bool:
+        """Whether the innermost module has parameters and no children, so that leaving it whole costs no depth."""
+        module = self._frames[-1].module
+        return not module._modules and bool(module._parameters) and len(self._frames) > 1
+
     # The root.
 
     def record(self, place: Callable[[fx.Graph], Mapping[str, fx.Node]], values: Mapping[str, Any], call: Any) -> None:
@@ -176,7 +168,7 @@ class Recorder:
             raise Untraceable(str(failure)) from None
         before = held(arguments)
         with intercepted(self):
-            self._ambient = _ambient()
+            self.ambient = ambient()
             frame = self._enter("", self.root, (), {})
             self.ledger.traced("", self.root)
             try:
@@ -234,8 +226,8 @@ class Recorder:
 
     def _refusal(self, path: str | None, module: nn.Module) -> str | None:
         """Why a forward must not call a module, as far as a graph goes."""
-        if _ambient() != self._ambient:
-            return _OTHER_MODE
+        if ambient() != self.ambient:
+            return OTHER_MODE
         if path == "":
             return "calls itself"
         if catcher := inside_handler():
@@ -328,109 +320,6 @@ class Recorder:
         with torch._C.DisableTorchFunction():
             seen = Snapshot([module], other_modules=True)
             self._is_suspicious |= self._before[0].changed(seen) is not None
-
-    # Torch calls.
-
-    def torch_call(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """A torch function, method or property of a tensor is called."""
-        name = name_of(function)
-        if self.writer.writes and _ambient(listening=False) != self._ambient:
-            self.give_up(_OTHER_MODE)
-        if not self.writer.writes or name in SILENT:
-            return function(*concrete(args), **concrete(kwargs))
-        if name.startswith("sym_"):
-            return function(*args, **kwargs)
-        if args and isinstance(args[0], Tensor) and name in SIZES:
-            return self._sizes(name, *args, **kwargs)
-        if catcher := inside_handler():
-            self.give_up(f"{catcher} catches exceptions")
-        elif is_refused(function, name):
-            self.give_up(f"calls {name} in its forward")
-        made: tuple[Any, Any] = ((), {})
-        if self.writer.writes:
-            try:
-                made = self.writer.argument(args), self.writer.argument(kwargs)
-            except Unrecordable as failure:
-                self.give_up(str(failure))
-        result = function(*concrete(args), **concrete(kwargs))
-        if not self.writer.writes:
-            return result
-        try:
-            return self._answered(function, name, args, made, result)
-        except Unrecordable as failure:
-            self.give_up(str(failure))
-            return result
-
-    def _answered(self, function: Any, name: str, args: Any, made: tuple[Any, Any], result: Any) -> Any:
-        """The result of a torch call, once it is in the graph or assumed."""
-        if name in RANKS:
-            self.writer.assume_rank(args[0])
-            return result
-        if name in KINDS:
-            self._ask_kind(name)
-            if self.writer.writes:
-                self.writer.expect(self.writer.node(*as_node(function, name, *made)), result)
-            return result
-        if isinstance(result, bool) and name in DECISIONS:
-            if name == "__bool__" and is_certain(made[0][0]):
-                return result
-            if self.writer.can_be_asked_first(*nodes_in(made)):
-                self.writer.decide(
-                    self.writer.node(*as_node(bool if name == "__bool__" else function, name, *made)), result
-                )
-                return result
-        if not holds_only_tensors(result) and name != "__setitem__":
-            raise Unrecordable("branches on a value" if name == "__bool__" else f"asks {name} of a value")
-        node = self.writer.node(*as_node(function, name, *made))
-        if isinstance(result, Tensor) and is_in_place(name):
-            return self.writer.learn(result, Origin(node))
-        if type(result) in (tuple, list):
-            self._assume_count(name, *made, len(result))
-            node = self.writer.call(calls.unpack, node, len(result))
-        return self.writer.bound(result, Origin(node))
-
-    def _ask_kind(self, name: str) -> None:
-        """A data type or a device is assumed to stay as it is; where it costs no depth, the module stays whole."""
-        module = self._frames[-1].module
-        if not module._modules and module._parameters and len(self._frames) > 1:
-            self.give_up(f"asks {name} of a value")
-        self.asked.kinds = True
-
-    def _sizes(self, name: str, tensor: Tensor, dim: Any = None) -> Any:
-        if dim is None:
-            self.writer.assume_rank(tensor)
-        sizes = self.writer.sizes(tensor)
-        if name in ("numel", "nelement"):
-            return functools.reduce(lambda total, size: total * size, sizes, 1)
-        if name == "__len__":
-            return int(sizes[0])
-        return torch.Size(sizes) if dim is None else sizes[concrete(dim)]
-
-    def _assume_count(self, name: str, args: Any, kwargs: Any, count: int) -> None:
-        """How many parts there are is taken for granted. Where they are as many as a size says, that can be asked
-        before anything is done."""
-        if name == "unbind" and RANK in args[0].meta:
-            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-            size = self.writer.size(Origin(args[0]), dim % args[0].meta[RANK], count)
-            if type(size) in SYMBOLIC:
-                self.writer.assume(size.node)
-
-
-class _Listening(TorchFunctionMode):
-    """Hands every torch call to the recorder."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._recorder.torch_call(func, args, kwargs or {})
-
-
-def _ambient(listening: bool = True) -> tuple[object, ...]:
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return (*ambient_state(), torch.get_default_dtype(), torch._C._len_torch_function_stack() + (not listening),
-            torch._C._len_torch_dispatch_stack(), hooks)  # fmt: skip
 
 
 def _is_nested(result: Any) -> bool:

@@ -54,13 +54,10 @@ def _source(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], Size]) -> 
         return source(first, dim, known)
     if name == "embedding":
         return source(first, dim, known) if dim < rank - 1 else (node, dim)
-    if name in ("new_zeros", "new_ones", "new_empty"):
-        return _said((node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:])[dim], node, dim, known)
+    if name in ("view", "reshape", "new_zeros", "new_ones", "new_empty"):
+        return _said(node, dim, rank, known)
     if name in _BINARY:
         return _of_two(node, dim, rank, known)
-    if name in ("view", "reshape"):
-        sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-        return _said(sizes[dim], node, dim, known)
     if name == "transpose" and len(node.args) == 3:
         one, other = (int(d) % rank for d in node.args[1:])  # type: ignore[arg-type]
         return source(first, {one: other, other: one}.get(dim, dim), known)
@@ -101,6 +98,14 @@ def has_fixed_rank(node: fx.Node) -> bool:
     return True
 
 
+def has_fixed_shape(node: fx.Node) -> bool:
+    """Whether the shape of a node's value follows from the shapes, not the values, of what it is computed from."""
+    name = torch_name(node)
+    if name == "getitem":
+        return _is_plain_index(node.args[1])
+    return name not in ("item", "bool", "contains", "unpack") and not (name == "where" and len(node.args) == 1)
+
+
 def _is_plain_index(index: Any) -> bool:
     """Whether an index has as many dimensions whatever the values: numbers, slices, None, and an ellipsis."""
     parts = index if isinstance(index, tuple) else (index,)
@@ -127,8 +132,14 @@ def _of_two(node: fx.Node, dim: int, rank: int, known: dict[tuple[fx.Node, int],
     return found.pop() if len(found) == 1 else (node, dim)
 
 
-def _said(size: Any, node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], Size]) -> Size:
-    """A size that a view was told."""
+def _said(node: fx.Node, dim: int, rank: int, known: dict[tuple[fx.Node, int], Size]) -> Size:
+    """A size that a call was told, all by position."""
+    sizes: Any = node.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        (sizes,) = sizes
+    if len(sizes) != rank:
+        return node, dim
+    size = sizes[dim]
     if isinstance(size, fx.Node):
         if size.target == "size" and isinstance(size.args[0], fx.Node):
             return source(size.args[0], int(size.args[1]), known)  # type: ignore[arg-type]

@@ -4,10 +4,10 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.overrides import is_tensor_method_or_property
 
-from .shapes import LAYER, torch_name
+from .shapes import LAYER, has_fixed_shape, torch_name
 
 SIZES = {"shape", "size", "numel", "nelement", "__len__"}
 RANKS = {"dim", "ndim", "ndimension"}
@@ -101,6 +101,11 @@ def is_known_at_once(*nodes: fx.Node) -> bool:
     return all(one.op == "placeholder" or _is_pure(one) for node in nodes for one in cone(node))
 
 
+def follows_from_sizes(*nodes: fx.Node) -> bool:
+    """Whether what nodes give follows from the sizes of the placeholders, whatever is in them."""
+    return is_known_at_once(*nodes) and all(has_fixed_shape(one) for node in nodes for one in cone(node))
+
+
 def nodes_in(arguments: Any) -> list[fx.Node]:
     """Every node among arguments."""
     found: list[fx.Node] = []
@@ -113,9 +118,15 @@ _FRESH = {
     "pow", "neg", "eq", "ne", "lt", "le", "gt", "ge", "sum", "mean", "ones_like", "zeros_like", "new_zeros", "new_ones",
     "arange", "full", "zeros", "ones", "all", "any", "gelu", "silu", "tanh", "sigmoid", "rsqrt", "exp", "cumsum",
     "scaled_dot_product_attention", "cross_entropy", "masked_fill", "conv1d", "conv2d", "where", "clone", "bmm", "cos",
-    "sin", "logical_not", "invert", "size", "dim", "isin", "rms_norm", "group_norm", "outer", "einsum",
+    "sin", "logical_not", "invert", "size", "dim", "isin", "rms_norm", "group_norm", "outer",
 }  # fmt: skip
 """What gives new memory, always."""
+
+_FRESH_LAYERS = (
+    nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv1d,
+    nn.Conv2d, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softmax,
+)  # fmt: skip
+"""Not so nn.Identity, nn.Flatten, or nn.Dropout in evaluation: they give what they got."""
 
 
 def may_write(node: fx.Node) -> bool:
@@ -135,7 +146,7 @@ def written(node: fx.Node) -> set[fx.Node]:
         one = waiting.pop()
         if one not in found:
             found.add(one)
-            if torch_name(one) not in _FRESH and LAYER not in one.meta:
+            if torch_name(one) not in _FRESH and one.meta.get(LAYER) not in _FRESH_LAYERS:
                 waiting += one.all_input_nodes
     return found
 

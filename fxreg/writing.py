@@ -13,7 +13,7 @@ from .errors import CaptureError
 from .shapes import RANK, has_fixed_rank, source
 from .sizes import SYMBOLIC, SizeNode, symbolic, veiled
 from .structure import PLAIN, fields_of, is_record, recipe, replace_field
-from .torch_calls import cone, is_known_at_once, may_write, written
+from .torch_calls import cone, follows_from_sizes, is_known_at_once, may_write, written
 
 _DTYPES = {int: torch.int64, float: torch.float64, bool: torch.bool}
 _OUTSIDE = "a tensor made at trace time or kept outside the module"
@@ -76,6 +76,7 @@ class Writer:
         self._open: set[fx.Node] = set()
         self._ranked: set[fx.Node] = set()
         self._written: set[fx.Node] = set()
+        self._first: set[fx.Node] = set()
         self._head: fx.Node | None = None
 
     # Nodes.
@@ -288,7 +289,10 @@ class Writer:
         what = str(size)
         if what not in self._assumed or self._assumed[what]._erased:
             try:
-                self._assumed[what] = self.call(calls.expect_same, self.size_node(size), size.value, what)
+                node = self.size_node(size)
+                self._assumed[what] = self.call(calls.expect_same, node, size.value, what)
+                if follows_from_sizes(node) or self.can_be_asked_first(node):
+                    self._first.add(self._assumed[what])
             except Unrecordable as failure:
                 self.refuse(str(failure))
 
@@ -319,9 +323,8 @@ class Writer:
         Whatever only the questions need is taken out of the graph.
         """
         asked: list[tuple[Any, Any]] = [(node, answer) for node, answer in self._decided if not node._erased]
-        takes_values = bool(asked)
-        checks: list[Any] = [check for check in self._assumed.values() if not check._erased]
-        checks = [check for check in checks if is_known_at_once(check.args[0])]
+        checks: list[Any] = [c for c in self._assumed.values() if c in self._first and not c._erased]
+        takes_values = bool(asked) or not all(follows_from_sizes(check.args[0]) for check in checks)
         asked += [(check.args[0], check.args[1]) for check in checks]
         graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
         needed = {node for one, _ in asked for node in cone(one)}

@@ -109,6 +109,33 @@ class LogBeforeChild(Net):
 # Questions about arguments, asked after a write that no name shows.
 
 
+@attack("written to through what a layer gave back as it got it", example=twos, later=halves)
+class WrittenThroughIdentity(Net):
+    def prepare(self) -> None:
+        self.same = nn.Identity()
+
+    def run(self, x: Tensor) -> Any:
+        y = x.clone()
+        self.same(y).sub_(1)
+        return self.fc(y) * 2 if (y > 0).all() else self.fc(y)
+
+
+@attack("written to through a transposition that einsum gave", example=twos, later=halves)
+class WrittenThroughEinsum(Net):
+    def run(self, x: Tensor) -> Any:
+        y = x.clone()
+        torch.einsum("ij->ji", y).sub_(1)
+        return self.fc(y) * 2 if (y > 0).all() else self.fc(y)
+
+
+@attack("a size that depends on values, of a view taken before they change", example=twos, later=halves)
+class SizeOfMaskedView(Net):
+    def run(self, x: Tensor) -> Any:
+        y = x.view(-1)
+        x.sub_(1)
+        return self.fc(x) * 2 if y[y > 0].shape[0] > 3 else self.fc(x)
+
+
 @attack("a write through a view", twos, halves)
 class ViewWritten(Net):
     def run(self, x: Tensor) -> Any:
