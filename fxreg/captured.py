@@ -97,10 +97,10 @@ def settled(model: nn.Module, changes: Iterable[tuple[int, str, Any]]) -> tuple[
     places: dict[int, tuple[str, str, str]] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if isinstance(getattr(value, "__dict__", None), dict):
-                places.setdefault(id(vars(value)), (path, name, ""))
-            elif isinstance(value, collections.OrderedDict):
+            if isinstance(value, collections.OrderedDict):  # which has a __dict__ as well
                 places.setdefault(id(value), (path, "", name))
+            elif isinstance(getattr(value, "__dict__", None), dict):
+                places.setdefault(id(vars(value)), (path, name, ""))
         places[id(vars(module))] = (path, "", "")
     found = []
     for identity, name, value in changes:

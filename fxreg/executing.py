@@ -84,7 +84,7 @@ def watched(recorder: Any) -> Iterator[None]:
         if event == "call" and recorder.thread:
             if frame.f_code in _COMPILING:
                 recorder.asked.compiling = True
-            elif frame.f_code is _HASH:
+            elif frame.f_code is _HASH and not recorder.writer.is_kept_tensor(frame.f_locals["self"]):
                 recorder.give_up("hashes a tensor")
         elif event == "c_call" and recorder.thread and not _is_foreign(frame.f_globals.get("__name__", "")):
             reason = _asked(argument)
@@ -148,7 +148,12 @@ def _flagged(code: types.CodeType) -> dict[int, str]:
     for position, instruction in enumerate(instructions):
         name, argument = instruction.opname, instruction.argval
         if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and argument in _MENTIONS:
-            found[instruction.offset] = _MENTIONS[argument]
+            if (
+                argument != "type"
+                or name in ("LOAD_GLOBAL", "LOAD_NAME")
+                or _is_of_builtins(instructions[position - 1])
+            ):
+                found[instruction.offset] = _MENTIONS[argument]
         elif name in _INSTRUCTIONS:
             found[instruction.offset] = f"{_INSTRUCTIONS[name]} {argument!r}"
         elif name == "STORE_DEREF" and argument in code.co_freevars:
@@ -173,6 +178,8 @@ def _matters(reason: str, frame: types.FrameType, recorder: Any) -> bool:
     if reason == _IDENTITY:
         value = _operand(frame)
         return value is _UNKNOWN or recorder.writer.veils or type(value) in SYMBOLIC or isinstance(value, torch.Tensor)
+    if (updated := _updates(frame.f_code).get(frame.f_lasti)) is not None:  # of an object whose state is watched
+        return not hasattr(frame.f_locals.get(updated), "__dict__")
     return True
 
 
@@ -200,11 +207,31 @@ def _operand(frame: types.FrameType) -> Any:
     return next((space[name] for space in spaces if name in space), _UNKNOWN)
 
 
+def _is_of_builtins(before: dis.Instruction) -> bool:
+    return before.argval == "builtins" or not before.opname.startswith("LOAD_")
+
+
 def _is_on_global(before: dis.Instruction) -> bool:
     """Whether an attribute is written of what was loaded last, and that outlives the call."""
     if before.opname == "SWAP":  # x.a += 1
         return True
     return before.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLASSDEREF") or before.argval == "__class__"
+
+
+@functools.lru_cache(maxsize=4096)
+def _updates(code: types.CodeType) -> dict[int, str]:
+    """The offsets where `x.a += 1` writes, and the name of the local variable x."""
+    found = {}
+    instructions = [*dis.get_instructions(code)]
+    for position, instruction in enumerate(instructions):
+        if instruction.opname == "STORE_ATTR" and instructions[position - 1].opname == "SWAP":
+            before = instructions[:position]  # x, a copy of it, its a, what is added, and x on top again
+            read = max((i for i, one in enumerate(before) if one.opname == "LOAD_ATTR"), default=0)
+            while read > 2 and (before[read].opname, before[read].argval) != ("LOAD_ATTR", instruction.argval):
+                read -= 1
+            if [one.opname for one in before[read - 2 : read]] == ["LOAD_FAST", "COPY"]:
+                found[instruction.offset] = str(before[read - 2].argval)
+    return found
 
 
 @functools.lru_cache(maxsize=4096)

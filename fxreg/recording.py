@@ -179,9 +179,7 @@ class Recorder:
                     self.give_up("changes a container that it was given")
                 elif dict(contextvars.copy_context().items()) != context:
                     self.give_up("sets a context variable")
-                elif any(
-                    getattr(value, "__dict__", None) for value in self.writer.known() if isinstance(value, Tensor)
-                ):
+                elif any(_has_attributes(value) for value in self.writer.known() if isinstance(value, Tensor)):
                     self.give_up("sets an attribute of a tensor")
                 elif frame.reason is None:
                     self.writer.graph.output(self.writer.output(result))
@@ -320,6 +318,11 @@ class Recorder:
         with torch._C.DisableTorchFunction():
             seen = Snapshot([module], other_modules=True)
             self._is_suspicious |= self._before[0].changed(seen) is not None
+
+
+def _has_attributes(tensor: Tensor) -> bool:
+    """Whether a forward has given a tensor attributes, beside Dynamo's marks, which mean nothing to anyone else."""
+    return any(not name.startswith("_dynamo_") for name in getattr(tensor, "__dict__", ()))
 
 
 def _is_nested(result: Any) -> bool:

@@ -4,13 +4,14 @@ import collections
 import ctypes
 import functools
 import itertools
+import logging
 import operator
 import random
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +21,7 @@ from .scanning import mentioned_names
 
 _INERT = (
     bool, int, float, complex, str, bytes, types.NoneType, type, types.ModuleType, types.BuiltinFunctionType,
-    torch.dtype, torch.device, torch.Size, fx.Graph,
+    torch.dtype, torch.device, torch.Size, fx.Graph, logging.Logger, logging.Manager,
 )  # fmt: skip
 _CONTAINERS = (dict, list, set, collections.deque)
 _EXACT_CONTAINERS = frozenset({*_CONTAINERS, collections.OrderedDict})
@@ -61,7 +62,7 @@ class Snapshot:
             before = _state(value)
             if before is not None:
                 self._held[id(value)] = (value, before)
-            for inner in value.values() if isinstance(value, dict) else _inside(value):
+            for inner in (one for _, one in _items(value)) if isinstance(value, dict) else _inside(value):
                 kind, identity = type(inner), id(inner)
                 if kind in passed or identity in self._found_in or identity in self._roots:
                     continue
@@ -142,7 +143,7 @@ def _can_be_compared(tensor: Tensor) -> bool:
 def _state(value: Any) -> Any:
     """A copy of what is mutable in a value itself; None where nothing is."""
     if isinstance(value, dict):
-        return dict(value)
+        return dict(_items(value))
     numpy = sys.modules.get("numpy")
     match value:
         case list() | set() | collections.deque():
@@ -161,6 +162,12 @@ def _state(value: Any) -> Any:
         case _ if numpy is not None and isinstance(value, numpy.random.RandomState):
             return value.get_state(legacy=False)
     return None
+
+
+def _items(value: dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
+    """What is in a dict, however its class would look it up: some make what they give."""
+    kind: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+    return cast("Iterable[tuple[Any, Any]]", kind.items(value))
 
 
 def _inside(value: Any) -> Iterator[Any]:
@@ -184,8 +191,8 @@ def _inside(value: Any) -> Iterator[Any]:
 
 def _same(now: Any, before: Any) -> bool:
     if isinstance(now, dict):
-        same_keys = len(now) == len(before) and all(map(operator.is_, now, before))
-        return same_keys and all(map(operator.is_, now.values(), before.values()))
+        pairs = zip(_items(now), before.items(), strict=False)
+        return len(now) == len(before) and all(k is j and one is other for (k, one), (j, other) in pairs)
     if isinstance(now, _CONTAINERS):
         return len(now) == len(before) and all(map(operator.is_, now, before))
     if isinstance(now, Tensor | torch.Generator):

@@ -124,6 +124,10 @@ class Writer:
             raise Unrecordable("is given an object")
         return {name: self.bound(value, Origin(nodes[name]), constants=True) for name, value in values.items()}
 
+    def is_kept_tensor(self, value: Tensor) -> bool:
+        """Whether a tensor is one that the model keeps: the same object at each call."""
+        return id(value) in self._tensors
+
     def known(self) -> Iterable[Any]:
         """Every value that the graph gives."""
         return (value for value, _ in self._known.values())

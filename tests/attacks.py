@@ -522,6 +522,14 @@ class SlotWritten(Net):
         return self.fc(x)
 
 
+@attack("a counter in a slot, by another name", later=lambda: (slot_counted,))
+class SlotUpdated(SlotWritten):
+    def run(self, x: Tensor) -> Any:
+        slotted = self.slotted
+        slotted.n += 1
+        return self.fc(x)
+
+
 def counting(x: Tensor) -> Tensor:
     counting.calls += 1
     return x

@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import functools
 import itertools
+import logging
 import math
 import random
 from collections.abc import Callable
@@ -650,3 +651,91 @@ class Containers(Net):
     def run(self, x: Tensor) -> Any:
         y = self.fc(x)
         return {"y": y, "all": [y, self.op(x)], "none": None, "n": len(x)}
+
+
+# What a forward does beside computing, and that means nothing to a graph.
+
+
+@case("hooks that a first call registers")
+class HooksAtFirst(Net):
+    is_ready = False
+
+    def run(self, x: Tensor) -> Any:
+        if not self.is_ready:
+            self.is_ready = True
+            self.fc.register_forward_hook(lambda module, args, output: output * 2)
+        return self.fc(x)
+
+
+class Making(collections.OrderedDict[str, Any]):
+    """Makes a module of what is in it."""
+
+    def __getitem__(self, name: str) -> nn.Module:
+        make: type[nn.Module] = super().__getitem__(name)
+        return make()
+
+
+ACTIVATIONS = Making(prelu=nn.PReLU, relu=nn.ReLU)
+
+
+@case("a global dict that makes what it gives")
+class FromMaking(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) if "relu" in ACTIVATIONS else x
+
+
+class Length:
+    total = 0
+
+    def extend(self, by: int) -> int:
+        self.total += by
+        return self.total
+
+
+@case("a counter of the call's own")
+class OwnCounter(Net):
+    def run(self, x: Tensor) -> Any:
+        seen = Length()
+        seen.extend(x.shape[0])
+        return self.fc(x) * seen.extend(x.shape[1])
+
+
+SHARED = Length()
+
+
+@case("a counter of everybody's", is_recorded=False, state=lambda model: SHARED.total % 4)
+class GlobalCounter(Net):
+    def run(self, x: Tensor) -> Any:
+        SHARED.total += 4
+        return self.fc(x)
+
+
+@case("the type of a device, beside a size")
+class DeviceType(Net):
+    def run(self, x: Tensor) -> Any:
+        n = x.shape[0]
+        return self.fc(x) * n if x.device.type == "cpu" else x
+
+
+@case("a mark for Dynamo")
+class Marked(Net):
+    def run(self, x: Tensor) -> Any:
+        h = self.fc(x)
+        torch._dynamo.mark_static_address(h)
+        return h * 2
+
+
+@case("the data type of its own parameters", later=lambda: (autocasting, batch(2)))
+class OwnKind(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x.to(next(p.dtype for p in self.parameters())))
+
+
+LOGGER = logging.getLogger(__name__)
+
+
+@case("a logger's own cache")
+class Logged(Net):
+    def run(self, x: Tensor) -> Any:
+        LOGGER.debug("not shown")
+        return self.fc(x)
