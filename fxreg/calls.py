@@ -153,9 +153,9 @@ def expect_like(value: Any, kind: Any, what: str) -> Any:
     return value
 
 
-def expect_assumed(state: Any, arguments: list[Any]) -> None:
+def expect_assumed(state: Any, arguments: list[Any], which: int = 0) -> None:
     """An error unless what a recorded graph assumes holds for these arguments."""
-    if not state.assumes(*arguments):
+    if not state.assumes(*arguments, which=which):
         raise CaptureError(
             "the graph was recorded on an example and does not hold for this call (another kind of argument, size, "
             "mode, data type or device). Call the module that fxreg.transform returned: it has another graph for it."

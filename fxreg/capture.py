@@ -65,6 +65,8 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
     )
     if recorded is None or len(visible_layers(model, recorded.graph)) <= len(visible_layers(model, captured.graph)):
         return captured
+    if recorded.otherwise is not None:
+        captured = replace(recorded.otherwise, otherwise=captured)
     return replace(recorded, otherwise=captured)
 
 

@@ -29,7 +29,7 @@ class Captured:
         opaque: for the path of every module called as a whole, why; `""` is the root.
         remembered: what the graph holds as it was, for `check_unchanged`.
         assumed: what must hold of a call for the graph to be right; nothing if None.
-        otherwise: what is right where that does not hold.
+        otherwise: what is to be asked where that does not hold.
     """
 
     graph: fx.Graph
@@ -39,9 +39,14 @@ class Captured:
     otherwise: "Captured | None" = None
 
     @property
+    def chain(self) -> "tuple[Captured, ...]":
+        """What is tried in turn. The last one assumes nothing."""
+        return (self, *(self.otherwise.chain if self.otherwise else ()))
+
+    @property
     def needs_model(self) -> bool:
         """Whether the original model's own forward may run."""
-        return "" in self.opaque or (self.otherwise is not None and self.otherwise.needs_model)
+        return any("" in one.opaque for one in self.chain)
 
     def is_stale(self, model: nn.Module, children: Mapping[str, Any]) -> bool:
         """Whether what the graph holds as it was is no longer so."""
@@ -117,6 +122,7 @@ class Assumed:
 
     Attributes:
         arguments: what each argument was like, by position.
+        training: the root's mode, if it does other things in the other one.
         modes: the paths of the modules whose `training` was read; all had the root's mode.
         kinds: data types and devices, and autocast, if the forward asked for any.
         questions: a graph from the arguments to what else was asked of them.
@@ -128,6 +134,7 @@ class Assumed:
     """
 
     arguments: tuple[Any, ...]
+    training: bool | None
     modes: tuple[str, ...]
     kinds: tuple[Any, ...] | None
     questions: fx.Graph
@@ -156,6 +163,8 @@ class Assumed:
             if not one.holds(model):
                 return False
         mode = model.training
+        if self.training is not None and self.training != mode:
+            return False
         for path in self.modes:
             if model.get_submodule(path).training != mode:
                 return False
@@ -182,21 +191,21 @@ def kinds_of(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return (torch._C._is_any_autocast_enabled(), *[(tensor.dtype, tensor.device) for tensor in everything])
 
 
-def joined(
-    one: tuple[fx.Graph, tuple[Any, ...]], other: tuple[fx.Graph, tuple[Any, ...]]
-) -> tuple[fx.Graph, tuple[Any, ...]]:
-    """Two sets of questions about the same arguments, with their answers, as one."""
-    graph, asked = fx.Graph(), list[Any]()
+def joined(asked: Iterable[tuple[fx.Graph, tuple[Any, ...]]]) -> tuple[fx.Graph, tuple[Any, ...]]:
+    """Sets of questions about the same arguments, with their answers, as one."""
+    graph, nodes, answers = fx.Graph(), list[Any](), list[Any]()
     places: list[fx.Node] = []
-    for questions, _ in (one, other):
+    for questions, given in asked:
         new: dict[fx.Node, fx.Node] = {}
+        is_first = not places
         for node in questions.nodes:
             if node.op == "output":
-                asked += [new[each] for each in node.args[0]]
-            elif node.op == "placeholder" and questions is not one[0]:
+                nodes += [new[each] for each in node.args[0]]
+            elif node.op == "placeholder" and not is_first:
                 new[node] = places[len(new)]
             else:
                 new[node] = graph.node_copy(node, new.__getitem__)
                 places += [new[node]] if node.op == "placeholder" else []
-    graph.output(tuple(asked))
-    return graph, (*one[1], *other[1])
+        answers += given
+    graph.output(tuple(nodes))
+    return graph, tuple(answers)

@@ -1,12 +1,14 @@
 """deepen: (model, examples) → the graph of a recorded forward that holds for both modes, or nothing.
 
 A recording is believed once a second one says the same, and once nothing that was recorded changed, or read, what a
-graph cannot hold. Otherwise the modules at fault stay whole, and everything is recorded again.
+graph cannot hold. Otherwise the modules at fault stay whole, and everything is recorded again. Where only numbers
+differ between training and evaluation, one graph holds both; where more does, each mode has its own.
 """
 
 import contextvars
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -71,25 +73,51 @@ class _Session:
         self.settled = self._settle()
 
     def recorded(self) -> Captured:
-        first, again, other = self._run(training=True), self._run(training=True), self._run(training=False)
-        self._agree(first, again, numbers=True)
-        self._agree(first, other, numbers=False)
-        if not first.writer.kept == again.writer.kept == other.writer.kept:
+        first, other = self._recorded_twice(training=True), self._run(training=False)
+        found = _differing(first, other, numbers=False)
+        if not found and first.writer.kept == other.writer.kept:
+            return self._captured(first, other)
+        if found and not any(self._has_parameters(path) for path in found):
+            raise _Again(dict.fromkeys(found, "does other things in training than in evaluation"))
+        other = self._recorded_twice(training=False)
+        return replace(self._captured(first, first, training=True), otherwise=self._captured(other, other, False))
+
+    def _recorded_twice(self, training: bool) -> Recorder:
+        one, again = self._run(training), self._run(training)
+        if missing := one.opaque.keys() ^ again.opaque.keys():
+            raise _Again({path: one.opaque.get(path, again.opaque.get(path, "")) for path in missing})
+        if found := _differing(one, again, numbers=True):
+            raise _Again(dict.fromkeys(found, "differs from one call to the next"))
+        if one.writer.kept != again.writer.kept:
             raise _Again({"": "returns an object that differs from one call to the next"})
-        asked = [one.writer.questions() for one in (first, other)]
+        return one
+
+    def _has_parameters(self, path: str) -> bool:
+        return next(self.model.get_submodule(path).parameters(), None) is not None
+
+    def _captured(self, first: Recorder, other: Recorder, training: bool | None = None) -> Captured:
+        """What holds in one mode, or in both, for which there is a recording each."""
+        asked = [one.writer.questions() for one in ((first, other) if first is not other else (first,))]
         graph = merged(first.writer.graph, other.writer.graph, CHILD)
-        questions, answers = joined(asked[0][:2], asked[1][:2])
+        questions, answers = joined([one[:2] for one in asked])
         modes = first.asked.modes | other.asked.modes
         values = tuple(self.arguments.values())
+        kept = dict(first.writer.kept)
+        if training is False:  # beside those of the graph for training
+            kept = {f"{name}_in_evaluation": one for name, one in kept.items()}
+            for node in graph.nodes:
+                if node.op == "get_attr" and node.target.removeprefix(f"{CHILD}.") in first.writer.kept:
+                    node.target += "_in_evaluation"
         assumed = Assumed(
             arguments=tuple(map(likeness, values)),
+            training=training,
             modes=tuple(modes),
             kinds=kinds_of(self.model, values) if first.asked.kinds or other.asked.kinds else None,
             questions=questions,
             answers=answers,
             is_eager=first.asked.compiling or other.asked.compiling,
-            asks_values=asked[0][2] or asked[1][2],
-            kept=first.writer.kept,
+            asks_values=any(takes_values for _, _, takes_values in asked),
+            kept=kept,
             settled=self.settled,
         )
         modules = first.ledger.modules | other.ledger.modules
@@ -122,13 +150,6 @@ class _Session:
             settle()
             yield settle
 
-    def _agree(self, one: Recorder, other: Recorder, numbers: bool) -> None:
-        if missing := one.opaque.keys() ^ other.opaque.keys():
-            raise _Again({path: one.opaque.get(path, other.opaque.get(path, "")) for path in missing})
-        what = "differs from one call to the next" if numbers else "does other things in training than in evaluation"
-        if found := differing(one.writer.graph, other.writer.graph, numbers):
-            raise _Again(dict.fromkeys(found, what))
-
     def _run(self, training: bool) -> Recorder:
         """One recording, in one mode; the model is left as it was."""
         with self._borrowed(training) as reset:
@@ -148,3 +169,8 @@ class _Session:
         except Exception as error:  # not Untraceable, which is none
             raise _Again(recorder.failed or {"": described(error)}) from error
         return recorder
+
+
+def _differing(one: Recorder, other: Recorder, numbers: bool) -> set[str]:
+    """The paths of the modules that two recordings hold differently."""
+    return one.opaque.keys() ^ other.opaque.keys() or differing(one.writer.graph, other.writer.graph, numbers)

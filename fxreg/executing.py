@@ -162,7 +162,7 @@ def _flagged(code: types.CodeType) -> dict[int, str]:
             found[instruction.offset] = _TYPE
         elif name == "IS_OP" and instructions[position - 1].opname != "LOAD_CONST":
             found[instruction.offset] = _IDENTITY
-        elif name in ("STORE_ATTR", "DELETE_ATTR") and _is_on_global(instructions[position - 1]):
+        elif name in ("STORE_ATTR", "DELETE_ATTR") and _is_on_global(instructions[position - 1], code):
             found[instruction.offset] = f"writes the attribute {argument!r} of something global"
         elif name in ("BEFORE_WITH", "BEFORE_ASYNC_WITH"):
             found[instruction.offset] = f"enters {context_name(instructions[:position])}"
@@ -211,11 +211,13 @@ def _is_of_builtins(before: dis.Instruction) -> bool:
     return before.argval == "builtins" or not before.opname.startswith("LOAD_")
 
 
-def _is_on_global(before: dis.Instruction) -> bool:
+def _is_on_global(before: dis.Instruction, code: types.CodeType) -> bool:
     """Whether an attribute is written of what was loaded last, and that outlives the call."""
     if before.opname == "SWAP":  # x.a += 1
         return True
-    return before.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_CLASSDEREF") or before.argval == "__class__"
+    if before.opname == "LOAD_DEREF":  # a variable of its own that an inner function sees is local
+        return before.argval in code.co_freevars
+    return before.opname in ("LOAD_GLOBAL", "LOAD_CLASSDEREF") or before.argval == "__class__"
 
 
 @functools.lru_cache(maxsize=4096)

@@ -86,7 +86,7 @@ class Listening(TorchFunctionMode):
                     self._writer.node(*as_node(bool if name == "__bool__" else function, name, *made)), result
                 )
                 return result
-        if not holds_only_tensors(result) and name != "__setitem__":
+        if not holds_only_tensors(result) and name not in ("__setitem__", "__set__"):
             raise Unrecordable("branches on a value" if name == "__bool__" else f"asks {name} of a value")
         node = self._writer.node(*as_node(function, name, *made))
         if isinstance(result, Tensor) and is_in_place(name):

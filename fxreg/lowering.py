@@ -28,9 +28,11 @@ def lower(model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> Regul
     """
     lowering = _Lowering(model, captured, plan, emit)
     gm = lowering.emitted()
-    if captured.otherwise is not None:
-        other = _Lowering(model, captured.otherwise, plan, emit, lowering).emitted()
-        vars(lowering.state)["otherwise"] = other  # not a child: it has the state for one
+    others = (
+        _Lowering(model, one, plan, emit, lowering, which).emitted()
+        for which, one in enumerate(captured.chain[1:], start=1)
+    )
+    vars(lowering.state)["others"] = tuple(others)  # no children: they have the state for one
     return gm
 
 
@@ -38,7 +40,13 @@ class _Lowering:
     """One rewrite: the graph being written, and what has been inserted so far; its state may be another one's."""
 
     def __init__(
-        self, model: nn.Module, captured: Captured, plan: Plan, emit: Emit, first: "_Lowering | None" = None
+        self,
+        model: nn.Module,
+        captured: Captured,
+        plan: Plan,
+        emit: Emit,
+        first: "_Lowering | None" = None,
+        which: int = 0,
     ) -> None:
         self.model, self.plan, self.emit = model, plan, emit
         self.device = _device_of(model)
@@ -53,7 +61,7 @@ class _Lowering:
         provenance = Provenance(plan, emit, False, self.nodes, self.strengths, self.streams)
         self.state: State = first.state if first else State(model, captured, provenance, self.device)
         if captured.assumed is not None:
-            self._check_assumed()
+            self._check_assumed(which)
         for edit in plan.edits:
             if not isinstance(edit, LeaveToCompanion):
                 self._register(edit.label, edit.effect)
@@ -67,14 +75,15 @@ class _Lowering:
         self.graph.lint()
         return RegularizedModule(self.model, self.state, self.graph)
 
-    def _check_assumed(self) -> None:
+    def _check_assumed(self, which: int) -> None:
         """Ask in the graph itself, too, for whoever runs it without the module's forward."""
         places = [node for node in self.graph.nodes if node.op == "placeholder"]
         checked = {node.args[0] for node in self.graph.nodes if node.target is calls.expect_default}
         first = next(node for node in self.graph.nodes if node.op != "placeholder")
         with self.graph.inserting_before(first):
             arguments = [node for node in places if node not in checked]
-            self._insert("", "call_function", calls.expect_assumed, (self.graph.get_attr(CHILD), arguments))
+            args = (self.graph.get_attr(CHILD), arguments, *([which] if which else []))
+            self._insert("", "call_function", calls.expect_assumed, args)
 
     # State.
 

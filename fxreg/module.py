@@ -77,9 +77,10 @@ class State(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        vars(self).update(_model=model, otherwise=None)
-        if captured.assumed is not None:
-            vars(self).update(captured.assumed.kept)
+        vars(self).update(_model=model, others=())
+        for recorded in captured.chain:
+            if recorded.assumed is not None:
+                vars(self).update(recorded.assumed.kept)
         self.captured = captured
         self.provenance = provenance
         self.scale_was_set = False
@@ -89,7 +90,7 @@ class State(nn.Module):
         self.register_buffer("loss_scale", one, persistent=False)
 
     loss_scale: Tensor
-    otherwise: "RegularizedModule | None"
+    others: "tuple[RegularizedModule, ...]"
 
     @property
     def model(self) -> nn.Module:
@@ -107,15 +108,21 @@ class State(nn.Module):
         if "_model" in vars(self):
             self.model.training = mode
 
-    def assumes(self, *arguments: Any) -> bool:
-        """Whether what the recorded graph assumes holds for a call with these arguments; whoever traces the module
-        gets that graph, in which the question is asked again."""
+    def assumes(self, *arguments: Any, which: int = 0) -> bool:
+        """Whether what a recorded graph assumes holds for a call with these arguments; whoever traces the module
+        gets the graph for its mode, in which the question is asked again.
+
+        Args:
+            which: the module's own graph is 0, and `others` follow.
+        """
+        captured, model = self.captured.chain[which], self.model
+        if captured.assumed is None:
+            return False
         if any(isinstance(one, fx.Proxy) for one in arguments):
-            return True
-        captured, model = self.captured, self.model
+            return captured.assumed.training in (None, model.training)
         if not torch.compiler.is_compiling() and captured.is_stale(model, model._modules):
             return False
-        return captured.assumed is not None and captured.assumed.holds(model, arguments)
+        return captured.assumed.holds(model, arguments)
 
     def unbound(self) -> tuple[str, ...]:
         """The labels of the rules whose companion call has not come yet."""
@@ -150,16 +157,19 @@ class State(nn.Module):
 
 
 class _Asking(fx.graph.CodeGen):
-    """Code that asks before anything else whether what the graph assumes holds, and runs the other graph if not."""
+    """Code that asks before anything else whether what the graph assumes holds, and runs the next graph if not."""
 
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__()
         places = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
         (check,) = (node for node in graph.nodes if node.target is calls.expect_assumed)
-        asked = ", ".join(str(node.target) for node in check.args[1])  # its name may be other, and not yet bound
+        asked = [str(node.target) for node in check.args[1]]  # its name may be other, and not yet bound
+        which = check.args[2] if len(check.args) > 2 else 0
+        if which:
+            asked.append(f"which={which}")
         self._lines = (
-            f"    if not self.{CHILD}.assumes({asked}):\n"
-            f"        return self.{CHILD}.otherwise.forward({', '.join(places)})\n"
+            f"    if not self.{CHILD}.assumes({', '.join(asked)}):\n"
+            f"        return self.{CHILD}.others[{which}].forward({', '.join(places)})\n"
         )
 
     def gen_fn_def(self, *args: Any, **kwargs: Any) -> str:

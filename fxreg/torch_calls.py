@@ -25,7 +25,7 @@ SILENT = {"_set_grad_enabled"}
 """What these change is noticed at the next call."""
 
 _REFUSED = {
-    "backward", "register_hook", "retain_grad", "requires_grad_", "detach_", "resize_", "resize_as_", "set_", "seed",
+    "backward", "register_hook", "retain_grad", "detach_", "resize_", "resize_as_", "set_", "seed",
     "share_memory_", "data", "grad", "register_post_accumulate_grad_hook", "__deepcopy__", "manual_seed", "apply_",
     "map_", "storage", "__set__", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_",
 }  # fmt: skip
@@ -60,6 +60,8 @@ def name_of(function: Any) -> str:
 
 def is_refused(function: Any, name: str) -> bool:
     """Whether a call does something to autograd, to storage or to a generator that a graph cannot hold."""
+    if name == "__set__" and function.__self__.__name__ == "requires_grad":
+        return False
     return name in _REFUSED or (getattr(function, "__module__", None) or "").startswith("torch.autograd")
 
 
@@ -73,6 +75,8 @@ def as_node(function: Any, name: str, args: Any, kwargs: Any) -> tuple[str, Any,
         return "call_function", bool, args, {}
     if getattr(function, "__name__", "") == "__get__":
         return "call_function", getattr, (args[0], name), {}
+    if name == "__set__":
+        return "call_method", "requires_grad_", args, {}
     if is_tensor_method_or_property(function):
         if name in _OPERATORS:
             return "call_function", _OPERATORS[name], args, kwargs

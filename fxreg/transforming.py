@@ -83,15 +83,15 @@ def transform(
         gm = lower(root, captured, planned, emit)
     watch(gm)
     if example_inputs is not None:
-        other = state_of(gm).otherwise
-        verify(gm if other is None else other, model, example_inputs)
-        if captured.otherwise is not None:
+        *_, last = gm, *state_of(gm).others
+        verify(last, model, example_inputs)
+        if last is not gm:
             try:
                 with borrowed(root):
                     _call(root, example_inputs)  # what a first call sets
                     verify(gm, model, example_inputs)
             except Exception as error:  # the model did more than was recorded: without the recording, then
-                gm = lower(root, captured.otherwise.instead(str(error)), planned, emit)
+                gm = lower(root, captured.chain[-1].instead(str(error)), planned, emit)
                 watch(gm)
         mark_verified(state_of(gm))
     return gm

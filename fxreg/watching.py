@@ -50,9 +50,8 @@ def _refuse_changed(module: nn.Module, args: Any) -> None:
         state = state_of(module)
         captured, model = state.captured, state.model
         # A recording of other attributes is left aside: there is another graph for them.
-        check_unchanged(model, captured.remembered, module._modules, values=captured.otherwise is None)
-        if captured.otherwise is not None:
-            check_unchanged(model, captured.otherwise.remembered, module._modules)
+        for one in captured.chain:
+            check_unchanged(model, one.remembered, module._modules, values=one.otherwise is None)
 
 
 def _warn_unbound(module: nn.Module, args: Any) -> None:

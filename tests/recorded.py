@@ -429,6 +429,45 @@ class ModeBlock(Child):
         return self.lin(x).tanh() if self.training else self.lin(x)
 
 
+@case(
+    "two forwards in one, with objects, questions and draws of their own",
+    later=lambda: (batch(2), (-torch.ones(4, 3),), partly),
+)
+class ByMode(Net):
+    def prepare(self) -> None:
+        self.block = Block()
+
+    def run(self, x: Tensor) -> Any:
+        if self.training:
+            h = F.dropout(self.fc(x), 0.5)
+            return {"made": Named(h, "train"), "y": self.block(h) * (2 if (x > 0).all() else 1)}
+        h = self.block(x)
+        return [Named(h, "eval"), self.fc(h) * x.shape[0] if x.shape[0] > 3 else h]
+
+
+@case("a draw that decides, in training only", later=lambda: (batch(2), batch(7)))
+class DropsInTraining(Net):
+    def prepare(self) -> None:
+        self.block = DropsItself()
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(self.block(x))
+
+
+class DropsItself(Child):
+    def forward(self, x: Tensor) -> Any:
+        return x if self.training and torch.rand(()) < 0.5 else self.lin(x)
+
+
+@case("an input that is to have a gradient, in training", later=lambda: (batch(2), lambda called, model: _kept(called)))
+class WantsGradient(Net):
+    def run(self, x: Tensor) -> Any:
+        y = x * 2
+        if self.training:
+            y.requires_grad = True
+        return self.fc(y), y.requires_grad_()
+
+
 @case("a data type that is asked", later=lambda: (batch(2), (torch.ones(2, 3, dtype=torch.float64),)))
 class AskedKind(Net):
     def run(self, x: Tensor) -> Any:
@@ -626,6 +665,14 @@ class Tuples(Net):
         return Pair(self.fc(x), x.shape[0] / 2), collections.OrderedDict(y=self.op(x), n=len(x))
 
 
+@dataclasses.dataclass
+class Named:
+    """A recipe of its own needs more than tensors."""
+
+    y: Tensor
+    name: str
+
+
 class Plain:
     """An object of the user's."""
 
@@ -698,6 +745,14 @@ class OwnCounter(Net):
         seen = Length()
         seen.extend(x.shape[0])
         return self.fc(x) * seen.extend(x.shape[1])
+
+
+@case("an attribute of an object that a comprehension also sees")
+class SeenInside(Net):
+    def run(self, x: Tensor) -> Any:
+        seen = Length()
+        seen.total = x.shape[0]
+        return [self.fc(x) * one.total for one in (seen, seen) if seen.total]
 
 
 SHARED = Length()

@@ -21,12 +21,13 @@ TESTED = (
     "stablelm",
     "bart", "blenderbot", "marian", "mbart", "pegasus",
     "ernie4_5_moe", "glm4_moe", "granitemoe", "lfm2_moe", "minimax", "olmoe", "phimoe",
-    "bamba", "lfm2", "nemotron_h", "qwen3_next", "recurrent_gemma",
+    "bamba", "lfm2", "mamba", "nemotron_h", "qwen3_next", "recurrent_gemma",
     "beit", "bit", "convnext", "deit", "dinov2", "mobilenet_v1", "poolformer", "pvt", "resnet", "segformer", "swin",
     "vit", "yolos",
     "audio_spectrogram_transformer", "encodec", "wav2vec2",
     "clip", "llava", "vilt",
 )  # fmt: skip
+QUICK = ("bert", "llama", "bart", "olmoe", "mamba", "vit", "wav2vec2", "llava")
 COMPILED = ("bert", "mpt", "pegasus", "resnet")
 WITH_INDUCTOR = ("albert",)
 VISIBLE = 0.75  # of all layers, when this was written
@@ -43,7 +44,9 @@ def test_the_zoo_has_models_of_every_kind() -> None:
     assert {ZOO[name].kind for name in TESTED} == set(KINDS)
 
 
-@pytest.mark.parametrize("name", TESTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TESTED]
+)
 def test_a_real_model_trains_on_the_hand_written_loss(name: str) -> None:
     gm = regularized(*ZOO[name].make(), STRENGTH)
     assert fxreg.explain(gm).verified
@@ -59,6 +62,7 @@ def share_of_layers_seen() -> float:
     return seen / layers
 
 
+@pytest.mark.slow
 def test_capture_sees_as_many_layers_as_it_did() -> None:
     # In a process of its own: compiling a model leaves transformers in another state.
     code = "from tests.test_families import share_of_layers_seen as share; print(share())"

@@ -19,7 +19,7 @@ from fxreg.module import state_of
 from fxreg.structure import tensors
 
 from .attacks import ATTACKS
-from .recorded import CASES, AskedKind, Case, Net, NoneSometimes, Parts, Records, ValueBranch
+from .recorded import CASES, AskedKind, ByMode, Case, Net, NoneSometimes, Parts, Records, ValueBranch
 
 pytestmark = [
     # Of Dynamo looking at its inputs after a graph break.
@@ -194,7 +194,7 @@ class Branched(Batched):
 def test_sizes_stay_symbolic() -> None:
     model, gm = emitted(Batched)
     assert is_recorded(gm)
-    state_of(gm).otherwise = None  # nothing to fall back to
+    state_of(gm).others = ()  # nothing to fall back to
     for n in (1, 2, 4, 7):
         x = torch.randn(n, 3)
         assert state_of(gm).assumes(x)
@@ -242,6 +242,19 @@ def test_another_number_of_arguments_or_kind_is_not_assumed() -> None:
     assert not state_of(gm).assumes(None)
 
 
+def test_each_mode_has_a_graph_where_one_cannot_hold_both() -> None:
+    _, gm = emitted(ByMode)
+    state = state_of(gm)
+    assert [one.assumed and one.assumed.training for one in state.captured.chain] == [True, False, None]
+    assert not state.captured.opaque
+    assert not state.captured.chain[1].opaque
+    for training in (True, False):
+        gm.train(training)
+        assert [state.assumes(ONES, which=which) for which in range(3)] == [training, not training, False]
+        retraced = fx.symbolic_trace(gm)
+        assert ("made" in retraced.code) is training
+
+
 def test_what_an_opaque_module_gives_is_checked() -> None:
     _, gm = emitted(NoneSometimes)
     with pytest.raises(fxreg.CaptureError, match="what 'op' returned was"):
@@ -267,7 +280,7 @@ def test_a_changed_attribute_is_followed() -> None:
     assert torch.equal(gm(ONES), model(ONES))
 
 
-@pytest.mark.parametrize("make", [ValueBranch, Parts, Records, AskedKind])
+@pytest.mark.parametrize("make", [ValueBranch, Parts, Records, AskedKind, ByMode])
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda gm: pickle.loads(pickle.dumps(gm))], ids=["copied", "pickled"])
 def test_copies_are_recorded_and_independent(make: Any, how: Any) -> None:
     model, gm = emitted(make)
@@ -284,6 +297,7 @@ def test_copies_are_recorded_and_independent(make: Any, how: Any) -> None:
     gm.eval()
     other.train()
     assert not model.training
+    other.eval()
     with torch.no_grad():
         other.fc.weight.zero_()
     assert model.fc.weight.any()
@@ -342,8 +356,9 @@ def test_transform_leaves_the_model_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_compiled() -> None:
-    model, gm = emitted(Parts)
+@pytest.mark.parametrize("make", [Parts, ByMode])
+def test_compiled(make: Any) -> None:
+    model, gm = emitted(make)
     compiled = torch.compile(gm, backend="aot_eager")
     for training in (True, False):
         gm.train(training)
