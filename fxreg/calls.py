@@ -29,7 +29,8 @@ def call_model(
     more_kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """Call the whole original model: what a graph does when the root itself is opaque."""
-    return call_with(state.model, substitutes, (*args, *more_args), {**kwargs, **(more_kwargs or {})})
+    args, kwargs = (*args, *more_args), {**kwargs, **(more_kwargs or {})}
+    return call_with(state.model, substitutes, args, kwargs) if substitutes else state.call_model(args, kwargs)
 
 
 def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

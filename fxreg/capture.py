@@ -19,7 +19,16 @@ from .side_channels import has_hooks
 from .staleness import remember
 from .tracing import SoundTracer
 
-Examples: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
+
+@dataclass(frozen=True)
+class Given:
+    """Arguments as a call gave them."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+Examples: TypeAlias = tuple[Any, ...] | Mapping[str, Any] | Given
 
 _PLAIN_TYPES = {"bool", "int", "float", "str", "dict", "Dict", "Mapping", "list", "List", "Sequence", "tuple", "Tuple"}
 _WRITABLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -132,8 +141,10 @@ def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[A
     except ValueError as error:
         raise CaptureError(f"{type(model).__name__}.forward has no signature to read: {error}.") from None
     given: dict[str, Any] = {}
+    positional = len(signature.parameters)
     if example_inputs is not None:
         args, kwargs = split_examples(example_inputs)
+        positional = len(args)
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
@@ -142,7 +153,7 @@ def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[A
                 "positional or a dict for keyword arguments."
             ) from None
     found: list[Argument] = []
-    for name, parameter in signature.parameters.items():
+    for position, (name, parameter) in enumerate(signature.parameters.items()):
         star = "*" * (parameter.kind == parameter.VAR_POSITIONAL) + "**" * (parameter.kind == parameter.VAR_KEYWORD)
         if star and example_inputs is None:
             if star == "*" or any(argument.name.startswith("*") for argument in found):
@@ -153,7 +164,8 @@ def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[A
             found += [Argument(n, True, star == "*", inspect.Parameter.empty, _oddity(v), v) for n, v in pairs]
         else:
             is_open = name in given or parameter.default is inspect.Parameter.empty
-            by_position = parameter.kind is not parameter.KEYWORD_ONLY and all(a.is_open for a in found)
+            by_position = position < positional or parameter.kind is parameter.POSITIONAL_ONLY
+            by_position = by_position and parameter.kind is not parameter.KEYWORD_ONLY and all(a.is_open for a in found)
             oddity = _oddity(given[name]) if name in given else _annotated_oddity(parameter.annotation)
             oddity = oddity if is_open else None
             found.append(Argument(name, is_open, by_position, parameter.default, oddity, given.get(name)))
@@ -162,6 +174,8 @@ def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[A
 
 def split_examples(example_inputs: Examples) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Examples as (args, kwargs)."""
+    if isinstance(example_inputs, Given):
+        return example_inputs.args, dict(example_inputs.kwargs)
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple | list):

@@ -3,6 +3,7 @@
 import builtins
 import dis
 import functools
+import gc
 import sys
 import time
 import types
@@ -97,6 +98,8 @@ def watched(recorder: Any) -> Iterator[None]:
         return original(value, kinds)
 
     before, original = (sys.gettrace(), sys.getprofile()), isinstance
+    collects = gc.isenabled()
+    gc.disable()  # finalizers and callbacks are none of the forward's doing
     sys.settrace(enter)
     sys.setprofile(call)
     builtins.isinstance = is_instance
@@ -106,6 +109,8 @@ def watched(recorder: Any) -> Iterator[None]:
         builtins.isinstance = original
         sys.settrace(before[0])
         sys.setprofile(before[1])
+        if collects:
+            gc.enable()
 
 
 def inside_handler() -> str | None:

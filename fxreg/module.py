@@ -77,7 +77,8 @@ class State(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        vars(self).update(_model=model, others=())
+        vars(self).update(_model=model, others=(), islands={})
+        self.is_island = False
         for recorded in captured.chain:
             if recorded.assumed is not None:
                 vars(self).update(recorded.assumed.kept)
@@ -91,6 +92,7 @@ class State(nn.Module):
 
     loss_scale: Tensor
     others: "tuple[RegularizedModule, ...]"
+    islands: "dict[str, RegularizedModule]"
 
     @property
     def model(self) -> nn.Module:
@@ -123,6 +125,10 @@ class State(nn.Module):
         if not torch.compiler.is_compiling() and captured.is_stale(model, model._modules):
             return False
         return captured.assumed.holds(model, arguments)
+
+    def call_model(self, args: Any, kwargs: Any) -> Any:
+        """Call the original model; in the place of its forward, the forward of its class, without its hooks."""
+        return type(self.model).forward(self.model, *args, **kwargs) if self.is_island else self.model(*args, **kwargs)
 
     def unbound(self) -> tuple[str, ...]:
         """The labels of the rules whose companion call has not come yet."""
@@ -249,6 +255,12 @@ def state_of(gm: nn.Module) -> State:
     state = emitted(gm)._modules[CHILD]
     assert isinstance(state, State)
     return state
+
+
+def stand_for(island: nn.Module, module: nn.Module) -> None:
+    """Let what was emitted for a stand-in of a module be the module's own forward, in its mode."""
+    state = state_of(island)
+    vars(state).update(_model=module, is_island=True)
 
 
 def mark_verified(state: State) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import overload
 
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .errors import FxregError, RuleError
@@ -25,6 +25,8 @@ class Report:
         plan: the edits that were made.
         emit: where the total penalty goes.
         opaque: for the path of every module called as a whole, why; `""` is the root.
+        islands: the graphs of modules inside these, by path: captured by themselves, verified, and with no rules in
+            them. They do not run: what is called as a whole runs as it is.
         verified: whether the result was compared with the model.
         unbound: the labels of rules whose companion call (`fxreg.param_groups`) has not come yet.
     """
@@ -32,6 +34,7 @@ class Report:
     plan: Plan
     emit: str
     opaque: dict[str, str]
+    islands: dict[str, fx.GraphModule]
     verified: bool
     unbound: tuple[str, ...]
 
@@ -39,6 +42,7 @@ class Report:
         lines = [str(self.plan), "", f"emit: {self.emit}"]
         lines += [f"unbound: {label}: call fxreg.param_groups and build the optimizer on it" for label in self.unbound]
         lines += [f"opaque: {path or 'the model itself'}: {reason}" for path, reason in self.opaque.items()]
+        lines += [f"island: {path}: a graph of {len(gm.graph.nodes)} nodes" for path, gm in self.islands.items()]
         lines.append("verified against the model" if self.verified else "not verified: no example_inputs were given")
         return "\n".join(lines)
 
@@ -78,7 +82,14 @@ def explain(model: nn.Module | ExportedProgram, rules: Rule | Iterable[Rule] | N
         return plan(match(model, checked_rules(rules)))
     state = state_of(model)
     provenance = state.provenance
-    return Report(provenance.plan, provenance.emit, dict(state.captured.opaque), provenance.verified, state.unbound())
+    return Report(
+        plan=provenance.plan,
+        emit=provenance.emit,
+        opaque=dict(state.captured.opaque),
+        islands=dict(state.islands),
+        verified=provenance.verified,
+        unbound=state.unbound(),
+    )
 
 
 def diff(gm: nn.Module) -> str:

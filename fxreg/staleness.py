@@ -26,7 +26,8 @@ class Remembered:
         kind: the qualified name of its class if its forward was traced, otherwise "".
         values: the attributes that were read, as they were.
         parameters: the names of its own parameters.
-        hooks: how many hooks of each kind it had.
+        hooks: how many hooks of each kind it had; None where only its class's forward is in the graph, whatever is
+            done around it.
         children: the names of its children, and of those in its lists and dicts of modules.
     """
 
@@ -34,7 +35,7 @@ class Remembered:
     kind: str
     values: tuple[tuple[str, Any], ...]
     parameters: tuple[str, ...]
-    hooks: tuple[int, ...] = ()
+    hooks: tuple[int, ...] | None = ()
     children: tuple[Any, ...] = ()
 
 
@@ -97,9 +98,9 @@ def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None
             return None  # unpickled: what is left of a model whose class cannot be imported
         if _kind(module) != then.kind:
             return f"is now a {type(module).__name__}"
-        if "forward" in own:
+        if "forward" in own and then.hooks is not None:
             return "got a forward of its own instance"
-        if values and _hooks(module) != then.hooks:
+        if values and then.hooks is not None and _hooks(module) != then.hooks:
             return "got or lost hooks"
         if _children(module) != then.children:
             return "has other children"

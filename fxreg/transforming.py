@@ -1,6 +1,5 @@
-"""The way in: match, plan, capture, lower, verify, in that order; and the way back."""
+"""The way in: match, plan, capture, emit, in that order; and the way back."""
 
-import contextvars
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,16 +11,15 @@ from torch.export import ExportedProgram
 
 from .capture import Examples, capture, refuse_transformed, split_examples
 from .captured import Captured
+from .emitting import verified
 from .errors import CaptureError, FxregError
 from .exported import read_program
+from .islands import islands
 from .lowering import lower
 from .matching import match
-from .module import mark_verified, state_of
+from .module import state_of
 from .planning import Emit, Plan, plan
 from .rules import Rule, checked_rules
-from .snapshots import borrowed
-from .structure import fresh, map_tensors
-from .verifying import verify
 from .watching import watch
 
 
@@ -81,25 +79,13 @@ def transform(
         planned = plan(match(root, checked_rules(rules)))
         captured = captured or capture(root, example_inputs)
         gm = lower(root, captured, planned, emit)
-    watch(gm)
     if example_inputs is not None:
-        *_, last = gm, *state_of(gm).others
-        verify(last, model, example_inputs)
-        if last is not gm:
-            try:
-                with borrowed(root):
-                    _call(root, example_inputs)  # what a first call sets
-                    verify(gm, model, example_inputs)
-            except Exception as error:  # the model did more than was recorded: without the recording, then
-                gm = lower(root, captured.chain[-1].instead(str(error)), planned, emit)
-                watch(gm)
-        mark_verified(state_of(gm))
+        gm = verified(gm, model, example_inputs)
+        state = state_of(gm)
+        if captured.otherwise is not None or captured.opaque:
+            vars(state)["islands"] = islands(root, state.captured, example_inputs)
+    watch(gm)
     return gm
-
-
-def _call(model: nn.Module, example_inputs: Examples) -> None:
-    args, kwargs = map_tensors(fresh, split_examples(example_inputs))
-    contextvars.copy_context().run(model, *args, **kwargs)
 
 
 @contextmanager

@@ -31,9 +31,10 @@ _COARSE_TOLERANCE = 5e-2  # 16-bit: a few units in the last place of a sum
 def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Examples) -> None:
     """Compare an emitted module with the model and the rules it came from.
 
-    In train and in eval mode: outputs bitwise; every buffer after the call; the gradient of every parameter for all
-    outputs together, and the rules' part of it alone through each single output. RNG, buffers, attributes, modes and
-    `.grad` are left as they were found. What was made from an exported program has one mode.
+    In train and in eval mode: outputs bitwise; every buffer after the call; the gradient of every parameter, and of
+    every input that requires one, for all outputs together; the rules' part of it alone through each single output.
+    RNG, buffers, attributes, modes and `.grad` are left as they were found. What was made from an exported program has
+    one mode.
 
     Args:
         gm: what `fxreg.transform` returned.
@@ -104,7 +105,7 @@ class _Run:
         output: detached.
         penalty: the second half of what emit='output' returns.
         buffers: after the forward pass.
-        gradients: of every trainable parameter.
+        gradients: of every trainable parameter, and of every input that asks for one.
     """
 
     output: Any
@@ -120,9 +121,11 @@ def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: Any) -> _Run:
     """One pass of the model or of the emitted module."""
-    output = _call(module, args, kwargs)
+    args, kwargs = map_tensors(fresh, (args, kwargs))
+    output = module(*args, **kwargs)
     buffers = {name: buffer.detach().clone() for name, buffer in state.model.named_buffers()}
-    parameters = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+    parameters: dict[str, Tensor] = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+    parameters |= {f"input {k}": t for k, t in enumerate(tensors((args, kwargs))) if t.requires_grad and t.is_leaf}
     penalty = None
     if isinstance(getattr(module, "_orig_mod", module), RegularizedModule) and state.provenance.emit == "output":
         if not isinstance(output, tuple) or len(output) != 2 or not isinstance(output[1], Tensor):
@@ -186,7 +189,7 @@ def _probe(outputs: Sequence[Tensor], trial: _Trial) -> Tensor:
     return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
 
-def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter], compiled: bool) -> dict[str, Tensor | None]:
+def _gradients(loss: Tensor, parameters: Mapping[str, Tensor], compiled: bool) -> dict[str, Tensor | None]:
     try:
         found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=not compiled, allow_unused=True)
         return dict(zip(parameters, found, strict=True))

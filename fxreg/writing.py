@@ -120,7 +120,7 @@ class Writer:
         """Learn the root's arguments from their placeholders; returns what to call the root with."""
         self._head = self.mark()[0]
         self._open.update(nodes[name] for name in values)
-        if any(not _is_plain_argument(value) for value in values.values()):
+        if any(not is_plain_argument(value) for value in values.values()):
             raise Unrecordable("is given an object")
         return {name: self.bound(value, Origin(nodes[name]), constants=True) for name, value in values.items()}
 
@@ -349,13 +349,13 @@ def _rank(tensor: Tensor) -> int:
         return tensor.dim()
 
 
-def _is_plain_argument(value: Any) -> bool:
+def is_plain_argument(value: Any) -> bool:
     """Whether an argument is a tensor, a plain value, or a container of such: nothing that has an identity."""
     kind = type(value)
     if kind in (tuple, list):
-        return all(map(_is_plain_argument, value))
+        return all(map(is_plain_argument, value))
     if kind is dict:
-        return all(type(key) in (str, int) for key in value) and all(map(_is_plain_argument, value.values()))
+        return all(type(key) in (str, int) for key in value) and all(map(is_plain_argument, value.values()))
     return kind is Tensor or (isinstance(value, PLAIN) and kind.__module__ in ("builtins", "torch"))
 
 

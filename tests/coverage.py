@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxreg
+from fxreg import explain
 from fxreg.capture import capture, visible_layers
 from fxreg.module import state_of
 
@@ -60,9 +61,35 @@ def assert_faithful(gm: nn.Module, reference: nn.Module, examples: Inputs, stren
         assert_same(ours[2], theirs[2], tolerance=1e-5)
 
 
-def visible(model: nn.Module, graph: fx.Graph, examples: Inputs) -> tuple[int, int]:
-    """Of the layers with parameters of their own that a forward calls in eval mode, how many a graph shows; and how
-    many there are."""
+@contextlib.contextmanager
+def with_islands(model: nn.Module, islands: Mapping[str, Any]) -> Iterator[None]:
+    """The model, with islands in the place of the forwards that they were captured from."""
+    modules = {path: model.get_submodule(path) for path in islands}
+    for path, module in modules.items():
+        vars(module)["forward"] = islands[path]
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del vars(module)["forward"]
+
+
+def assert_unchanged_by(islands: Mapping[str, Any], model: nn.Module, reference: nn.Module, examples: Any) -> None:
+    """A model with islands in the place of forwards does what another one of its kind does."""
+    reference.load_state_dict(model.state_dict())
+    names = {name for name, p in reference.named_parameters() if p.requires_grad}
+    for training in (True, False):
+        with with_islands(model, islands):
+            ours = _run(model.train(training), examples, names, lambda: 0.0)
+        theirs = _run(reference.train(training), examples, names, lambda: 0.0)
+        for one, other in zip(ours[0], theirs[0], strict=True):
+            assert _same(one, other)
+        assert all(_same(ours[1][name], buffer) for name, buffer in theirs[1].items())
+        assert_same(ours[2], theirs[2], tolerance=1e-5)
+
+
+def called_layers(model: nn.Module, examples: Inputs) -> set[str]:
+    """The paths of the layers with parameters of their own that a forward calls in eval mode."""
     called: set[str] = set()
     hooks = [
         module.register_forward_hook(lambda *_, path=path: called.add(path))
@@ -73,7 +100,21 @@ def visible(model: nn.Module, graph: fx.Graph, examples: Inputs) -> tuple[int, i
         model.eval()(**examples)
     for hook in hooks:
         hook.remove()
-    return len(called & visible_layers(model, graph)), len(called)
+    return called
+
+
+def seen_layers(gm: fx.GraphModule) -> set[str]:
+    """The paths of the layers that are in a graph of an emitted module with at least one other."""
+    found = _in_graph(gm)
+    for path, island in explain(gm).islands.items():
+        found |= {f"{path}.{name}" if name else path for name in _in_graph(island)}
+    return found
+
+
+def _in_graph(gm: nn.Module) -> set[str]:
+    state = state_of(gm)
+    layers = visible_layers(state.model, state.captured.graph)
+    return layers if len(layers) > 1 else set()
 
 
 @dataclass(frozen=True)
@@ -112,11 +153,11 @@ def all_tensors(value: Any) -> Iterator[Tensor]:
         yield from all_tensors(vars(value))
 
 
-def _run(module: nn.Module, examples: Inputs, names: set[str], penalty: Callable[[], Any]) -> Run:
+def _run(module: nn.Module, examples: Any, names: set[str], penalty: Callable[[], Any]) -> Run:
     """Outputs, buffers and gradients of one training step on the loss that the model returns, or on its outputs."""
     torch.manual_seed(3)
     random.seed(3)
-    output = module(**examples)
+    output = module(*examples) if isinstance(examples, tuple) else module(**examples)
     loss = getattr(output, "loss", None)
     if loss is None:
         loss = objective(tuple(t for t in all_tensors(output) if t.requires_grad))
@@ -163,6 +204,7 @@ class Row:
     name: str
     kind: str
     seen: int
+    in_main: int
     layers: int
     opaque: dict[str, str]
     error: str
@@ -180,13 +222,14 @@ class Row:
 
 def measure(family: Family) -> Row:
     model, examples = family.make()
-    error, ours = "", Breaks(-1, ())
+    error, ours, seen, main = "", Breaks(-1, ()), set[str](), set[str]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             gm = regularized(model, examples)
-            captured = state_of(gm).captured
+            captured, seen, main = state_of(gm).captured, seen_layers(gm), _in_graph(gm)
             assert_faithful(gm, *family.make())
+            assert_unchanged_by(explain(gm).islands, model, family.make()[0], examples)
             ours = graph_breaks(gm.train(), examples)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
@@ -194,9 +237,11 @@ def measure(family: Family) -> Row:
             captured = capture(model, examples)
         theirs = graph_breaks(*family.make())
         model, examples = family.make()
-        seen, layers = visible(model, captured.graph, examples)
+        layers = called_layers(model, examples)
     opaque = {path: why for path, why in captured.opaque.items() if _matters(model.get_submodule(path))}
-    return Row(family.name, family.kind, seen, layers, opaque, error, theirs, ours)
+    return Row(
+        family.name, family.kind, len(seen & layers), len(main & layers), len(layers), opaque, error, theirs, ours
+    )
 
 
 def _matters(module: nn.Module) -> bool:
@@ -212,13 +257,15 @@ def page(rows: Sequence[Row]) -> str:
         "# What capture sees of real models",
         "",
         f"For {len(rows)} tiny, randomly initialized models, each of another family of `transformers`: how many of the "
-        "layers that own parameters the emitted graph shows, which regions stay whole and why, whether training it is "
-        "training the hand-written loss, and how often Dynamo breaks it. Written by `python -m tests.coverage` with "
+        "layers that own parameters are in a graph with others, which regions stay whole and why, whether training it "
+        "is training the hand-written loss, and how often Dynamo breaks it. Written by `python -m tests.coverage` with "
         f"Python {platform.python_version()}, torch {torch.__version__} and transformers {transformers.__version__}.",
         "",
         "- *layers*: of those that a forward calls in eval mode, how many are visible: called, or their parameters "
-        "read, by the graph.",
-        "- *opaque regions*: called as a whole. A layer without others inside is visible even so, and is left out.",
+        "read, by the emitted graph or by that of an island inside a region, with at least one other. Then, how many "
+        "of them by the emitted graph itself.",
+        "- *opaque regions*: called as a whole by the emitted graph. A layer without others inside is visible even so, "
+        "and is left out.",
         f"- *faithful*: with `l1({STRENGTH:g})` on every parameter, outputs and buffers are bitwise those of the "
         "model, in train and in eval mode, and gradients those of the hand-written loss on another model.",
         "- *breaks*: graph breaks in train mode, of the model → of the emitted module; – where Dynamo fails.",
@@ -227,7 +274,13 @@ def page(rows: Sequence[Row]) -> str:
         "|---|---|--:|---|---|--:|",
     ]
     for row in rows:
-        cells = (row.name, row.kind, f"{row.seen} of {row.layers}", _regions(row.opaque), _short(row.error, 200))
+        cells = (
+            row.name,
+            row.kind,
+            f"{row.seen} ({row.in_main}) of {row.layers}",
+            _regions(row.opaque),
+            _short(row.error, 200),
+        )
         counts = (str(each.count) if each.count >= 0 else "–" for each in (row.theirs, row.ours))
         lines.append("| " + " | ".join([*cells[:4], cells[4] or "yes", " → ".join(counts)]) + " |")
     seen, layers = sum(row.seen for row in rows), sum(row.layers for row in rows)
@@ -237,7 +290,8 @@ def page(rows: Sequence[Row]) -> str:
         "",
         "## Totals",
         "",
-        f"- Layers visible: {seen:,} of {layers:,} ({100 * seen / layers:.1f} %). All of them in "
+        f"- Layers visible: {seen:,} of {layers:,} ({100 * seen / layers:.1f} %), "
+        f"{sum(row.in_main for row in rows):,} of them by the emitted graph itself. All of them in "
         f"{sum(row.seen == row.layers for row in rows)} families, none in {sum(row.seen == 0 for row in rows)}.",
         f"- Faithful: {sum(not row.error for row in rows)} of {len(rows)} families.",
         f"- Families where fxreg breaks more often than the model: {len(worse)}." + _listed(worse),

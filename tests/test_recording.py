@@ -5,8 +5,10 @@ The reference is the original model, built a second time from the same seed, wit
 
 import copy
 import dataclasses
+import gc
 import pickle
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxreg
+from fxreg.capture import capture
 from fxreg.module import state_of
 from fxreg.structure import tensors
 
@@ -338,6 +341,22 @@ def test_verify_and_penalties_see_both_graphs() -> None:
     fxreg.verify(gm, model, (torch.randn(3, 3),))
     fxreg.verify(gm, model, (torch.randn(5, 3),))
     assert fxreg.penalties(gm)
+
+
+def test_collecting_garbage_is_none_of_the_forwards_doing() -> None:
+    def note(phase: str, info: dict[str, int]) -> None:
+        time.perf_counter()
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(1)
+    try:
+        captured = capture(build(Branched), (ONES,))
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(note)
+    assert captured.assumed is not None
+    assert gc.isenabled()
 
 
 def test_without_examples_nothing_is_recorded() -> None:
