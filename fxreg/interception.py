@@ -75,6 +75,8 @@ def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
 
     def write(module: nn.Module, name: str, value: Any) -> None:
         if _ours(tracer):
+            if tracer.is_as_it_was(module, name, value):
+                return
             tracer.note_change(module, f"sets {type(module).__name__}.{name}")
         module_setattr(module, name, value)
 

@@ -86,6 +86,8 @@ class Listening(TorchFunctionMode):
                     self._writer.node(*as_node(bool if name == "__bool__" else function, name, *made)), result
                 )
                 return result
+        if name == "item" and type(result) is int and self._writer.can_be_asked_first(*nodes_in(made)):
+            return self._writer.number(self._writer.node(*as_node(function, name, *made)), result)
         if not holds_only_tensors(result) and name not in ("__setitem__", "__set__"):
             raise Unrecordable("branches on a value" if name == "__bool__" else f"asks {name} of a value")
         node = self._writer.node(*as_node(function, name, *made))

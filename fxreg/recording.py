@@ -65,11 +65,13 @@ class Asked:
         kinds: whether they asked for the data type or the device of a tensor.
         compiling: whether they asked if they were being compiled.
         modes: the paths of the modules whose `training` they read.
+        places: plain attributes, by path and name, that they moved to where they are.
     """
 
     kinds: bool = False
     compiling: bool = False
     modes: dict[str, None] = field(default_factory=dict)
+    places: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
 
 class Recorder:
@@ -135,6 +137,19 @@ class Recorder:
             self._made[id(module)] = module  # the first thing that its __init__ does
         elif id(module) not in self._made:
             self.give_up(f"{what}, which is none of the model's")
+
+    def is_as_it_was(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Whether an attribute is set to itself: `self.table = self.table.to(x.device)`, where it is there already."""
+        original = self.writer.converted(value)
+        if original is None or module not in self._paths:
+            return False
+        if module._buffers.get(name) is original:
+            self.asked.kinds = True
+            return True
+        if vars(module).get(name) is original:
+            self.asked.places[self._paths[module], name] = original
+            return True
+        return False
 
     def read_training(self, module: nn.Module) -> bool:
         if module in self._paths:

@@ -166,6 +166,10 @@ class SoundTracer(fx.Tracer):
         if module in self._paths and len(self._scope) > 1:
             self.ledger.read(self._scope[-1][0], self._paths[module], name, value)
 
+    def is_as_it_was(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Whether an attribute is set to what it is. A proxy is something else."""
+        return False
+
     def note_change(self, module: nn.Module, what: str) -> None:
         self.give_up(what)
 

@@ -69,6 +69,7 @@ class Writer:
         self._tensors, self._child = tensors, child
         self._known: dict[int, tuple[Any, Origin]] = {}
         self._log: list[tuple[int, tuple[Any, Origin] | None]] = []
+        self._same: dict[int, tuple[Tensor, Tensor]] = {}
         self._parts: dict[tuple[fx.Node, Any], fx.Node] = {}
         self._computed: dict[fx.Node, SizeNode] = {}
         self._assumed: dict[str, fx.Node] = {}
@@ -128,6 +129,10 @@ class Writer:
         """Whether a tensor is one that the model keeps: the same object at each call."""
         return id(value) in self._tensors
 
+    def converted(self, value: Any) -> Tensor | None:
+        """The tensor that `to` was asked to convert, and gave as it was; None if it was not so."""
+        return self._same[id(value)][1] if id(value) in self._same else None
+
     def known(self) -> Iterable[Any]:
         """Every value that the graph gives."""
         return (value for value, _ in self._known.values())
@@ -148,8 +153,11 @@ class Writer:
         kind = type(value)
         if isinstance(value, Tensor):
             if id(value) in self._known or id(value) in self._tensors:
+                original = value
                 with torch._C.DisableTorchFunction():
                     value = torch.ops.aten.alias(value)
+                if origin.node.target == "to":
+                    self._same[id(value)] = (value, original)
             return self.learn(value, origin)
         if value is None or (constants and isinstance(value, PLAIN)):
             return value
@@ -270,6 +278,13 @@ class Writer:
                 return symbolic(self._computed[found])
         return symbolic(SizeNode(self, value, torch.Tensor.size, (origin, dim)))
 
+    def number(self, node: fx.Node, value: int) -> Any:
+        """What `item` gives, as a symbolic number: like a size, it is assumed only where its value is asked for."""
+        size = SizeNode(self, value, torch.Tensor.item, (Origin(node.args[0]),))  # type: ignore[arg-type]
+        size.node = node
+        self._computed[node] = size
+        return symbolic(size)
+
     def size_node(self, size: SizeNode) -> Any:
         if size.operation is None:
             return size.value
@@ -277,6 +292,8 @@ class Writer:
             if size.operation is torch.Tensor.size:
                 origin, dim = size.operands
                 size.node = self.node("call_method", "size", (self._found(origin), dim))
+            elif size.operation is torch.Tensor.item:
+                raise Unrecordable("uses a number that a module took which stays whole")  # it may be another by now
             elif size.operation.__name__ == "<lambda>":
                 raise Unrecordable("chooses between sizes")
             else:

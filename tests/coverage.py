@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 import fxreg
 from fxreg import explain
@@ -89,12 +90,13 @@ def assert_unchanged_by(islands: Mapping[str, Any], model: nn.Module, reference:
 
 
 def called_layers(model: nn.Module, examples: Inputs) -> set[str]:
-    """The paths of the layers with parameters of their own that a forward calls in eval mode."""
+    """The paths of the layers with parameters of their own that a forward calls in eval mode. A parametrization is
+    part of its layer."""
     called: set[str] = set()
     hooks = [
         module.register_forward_hook(lambda *_, path=path: called.add(path))
         for path, module in model.named_modules()
-        if module._parameters
+        if module._parameters and not isinstance(module, ParametrizationList)
     ]
     with torch.no_grad():
         model.eval()(**examples)

@@ -262,6 +262,18 @@ class LayerDrop(Net):
         return self.fc(y) if random.random() < 0.5 else y
 
 
+def counts(*rows: int) -> tuple[Tensor]:
+    return (torch.tensor([[1.0] * n + [-1.0] * (3 - n) for n in rows]),)
+
+
+@case("a count of an argument's values, compared and used", lambda: counts(1, 2), lambda: (
+    counts(2, 2, 1), counts(1, 1), counts(3, 0), counts(0, 0)))  # fmt: skip
+class Counts(Net):
+    def run(self, x: Tensor) -> Any:
+        n = (x > 0).sum(1).max().item()
+        return self.fc(x) * n + torch.arange(n).sum() if 0 < n < x.shape[1] else self.fc(x)
+
+
 @case("a value as a Python number", is_recorded=False)
 class Itemized(Net):
     def run(self, x: Tensor) -> Any:
@@ -522,6 +534,19 @@ class Caught(Net):
 
 
 # State and what opaque modules do.
+
+
+@case("a table that is moved to where it is", later=lambda: (batch(2), (torch.ones(2, 3, dtype=torch.float64),)),
+      state=lambda model: (model.table.dtype, model.other.dtype))  # fmt: skip
+class Moved(Net):
+    def prepare(self) -> None:
+        self.table = torch.arange(3.0)
+        self.register_buffer("other", torch.arange(3.0))
+
+    def run(self, x: Tensor) -> Any:
+        self.table = self.table.to(x.device, x.dtype)
+        self.other = self.other.to(dtype=x.dtype)
+        return self.fc(x.float()) * self.table + self.other
 
 
 @case("a counter", is_recorded=False, state=lambda model: model.calls)
