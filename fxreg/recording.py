@@ -145,11 +145,11 @@ class Recorder:
             return False
         if module._buffers.get(name) is original:
             self.asked.kinds = True
-            return True
-        if vars(module).get(name) is original:
+        elif original is vars(module).get(name):
             self.asked.places[self._paths[module], name] = original
-            return True
-        return False
+        else:
+            return False
+        return True
 
     def read_training(self, module: nn.Module) -> bool:
         if module in self._paths:

@@ -129,7 +129,7 @@ class Writer:
         """Whether a tensor is one that the model keeps: the same object at each call."""
         return id(value) in self._tensors
 
-    def converted(self, value: Any) -> Tensor | None:
+    def converted(self, value: Any) -> Any:
         """The tensor that `to` was asked to convert, and gave as it was; None if it was not so."""
         return self._same[id(value)][1] if id(value) in self._same else None
 
