@@ -140,12 +140,12 @@ class Recorder:
 
     def is_as_it_was(self, module: nn.Module, name: str, value: Any) -> bool:
         """Whether an attribute is set to itself: `self.table = self.table.to(x.device)`, where it is there already."""
-        original = self.writer.converted(value)
+        original: Tensor | None = self.writer.converted(value)
         if original is None or module not in self._paths:
             return False
         if module._buffers.get(name) is original:
             self.asked.kinds = True
-        elif original is vars(module).get(name):
+        elif id(vars(module).get(name)) == id(original):
             self.asked.places[self._paths[module], name] = original
         else:
             return False
