@@ -8,7 +8,7 @@ that it got when the model ran on its examples, and verified alone, hooks apart:
 import collections
 import contextvars
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -44,13 +44,14 @@ def islands(model: nn.Module, captured: Captured, example_inputs: Examples) -> d
     if isinstance(model, torch.jit.ScriptModule):
         return found
     waiting = list(_whole(captured))
-    calls = _observed(model, example_inputs) if waiting else {}
+    candidates = {inner for path in waiting for inner in model.get_submodule(path).modules() if _may_be_deep(inner)}
+    calls = _observed(model, candidates - {model}, example_inputs) if candidates else {}
     while waiting:
         path = waiting.pop(0)
         module = model.get_submodule(path)
-        if path in found or _owners(module) < _LAYERS or isinstance(module, torch.jit.ScriptModule):
+        if path in found or module not in candidates:
             continue
-        island = _captured(module, calls[module]) if path and module in calls else None
+        island = _captured(module, calls[module]) if module in calls else None
         if island is None:
             inside: Iterable[str] = (name for name, _ in module.named_children())
         else:
@@ -66,13 +67,12 @@ def _whole(captured: Captured) -> Iterable[str]:
     return dict.fromkeys(path for one in chain[:-1] or chain for path in one.opaque)
 
 
-def _observed(model: nn.Module, example_inputs: Examples) -> _Calls:
-    """What each module was called with first, in training or else in evaluation, if that can be repeated."""
+def _observed(model: nn.Module, modules: Collection[nn.Module], example_inputs: Examples) -> _Calls:
+    """What modules were called with first, in training or else in evaluation, if that can be repeated."""
     calls: _Calls = {}
-    known = set(model.modules())
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module not in known or module in calls or _are_functorch_transforms_active():
+        if module not in modules or module in calls or _are_functorch_transforms_active():
             return
         if all(map(is_plain_argument, (*args, *kwargs.values()))):
             calls[module] = Given(*map_tensors(fresh, (args, kwargs)))
@@ -103,8 +103,10 @@ def _noting_calls(note: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]
 
 def _captured(module: nn.Module, examples: Given) -> RegularizedModule | None:
     """A module's forward by itself, if a graph holds more than one of its layers, and does what it does."""
+    if is_layer(module):
+        return None
     bare = _without_hooks(module)
-    if is_layer(bare) or whole_reason(bare, runs=True):
+    if whole_reason(bare, runs=True):
         return None
     try:
         captured = capture(bare, examples)
@@ -128,8 +130,9 @@ def _is_deep(module: nn.Module, graph: Any) -> bool:
     return len(visible_layers(module, graph)) >= _LAYERS
 
 
-def _owners(module: nn.Module) -> int:
-    return sum(bool(inner._parameters) for inner in module.modules())
+def _may_be_deep(module: nn.Module) -> bool:
+    owners = sum(bool(inner._parameters) for inner in module.modules())
+    return owners >= _LAYERS and not isinstance(module, torch.jit.ScriptModule)
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
