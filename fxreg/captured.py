@@ -72,7 +72,7 @@ class Captured:
 
 @dataclass(frozen=True)
 class Settled:
-    """An attribute that a call sets, and later calls leave, of a module or of an object that a module keeps.
+    """An attribute that stays what it is after a first call, of a module or of an object that a module keeps.
 
     Attributes:
         path: of the module.

@@ -102,11 +102,7 @@ class _Session:
         questions, answers = joined([one[:2] for one in asked])
         modes = first.asked.modes | other.asked.modes
         values = tuple(self.arguments.values())
-        in_place = [
-            Settled(path, name, kind, getattr(tensor, kind))
-            for (path, name), tensor in (first.asked.places | other.asked.places).items()
-            for kind in ("dtype", "device")
-        ]
+        facts = [Settled(*where, fact) for where, fact in (first.asked.facts | other.asked.facts).items()]
         kept = dict(first.writer.kept)
         if training is False:  # beside those of the graph for training
             kept = {f"{name}_in_evaluation": one for name, one in kept.items()}
@@ -123,7 +119,7 @@ class _Session:
             is_eager=first.asked.compiling or other.asked.compiling,
             asks_values=any(takes_values for _, _, takes_values in asked),
             kept=kept,
-            settled=(*self.settled, *in_place),
+            settled=(*self.settled, *facts),
         )
         modules = first.ledger.modules | other.ledger.modules
         reads = first.ledger.reads | other.ledger.reads

@@ -4,13 +4,13 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from . import calls
 from .executing import inside_handler
 from .layers import ambient_state
-from .shapes import RANK
+from .shapes import FITS, RANK, sliced
 from .sizes import SYMBOLIC, concrete
 from .torch_calls import (
     DECISIONS,
@@ -91,6 +91,8 @@ class Listening(TorchFunctionMode):
         if not holds_only_tensors(result) and name not in ("__setitem__", "__set__"):
             raise Unrecordable("branches on a value" if name == "__bool__" else f"asks {name} of a value")
         node = self._writer.node(*as_node(function, name, *made))
+        if name == "__getitem__" and RANK in node.args[0].meta:
+            self._note_slices(node, *args)
         if isinstance(result, Tensor) and is_in_place(name):
             return self._writer.learn(result, Origin(node))
         if type(result) in (tuple, list):
@@ -113,6 +115,20 @@ class Listening(TorchFunctionMode):
         if name == "__len__":
             return int(sizes[0])
         return torch.Size(sizes) if dim is None else sizes[concrete(dim)]
+
+    def _note_slices(self, node: fx.Node, value: Tensor, index: Any) -> None:
+        """`value[:n]` has n elements where there are as many, and that is assumed where n is a size."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if not all(part is None or part is ... or isinstance(part, slice | int) for part in parts):
+            return
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        for at, part in filter(None, sliced(index, source.meta[RANK])):
+            if type(part.stop) in SYMBOLIC and part.start in (None, 0) and part.step in (None, 1):
+                with torch._C.DisableTorchFunction():
+                    size = value.size(at)
+                fixed = self._recorder.fixed_shape(source, value)
+                if 0 <= part.stop <= (fixed[at] if fixed else self._writer.size(Origin(source), at, size)):
+                    node.meta.setdefault(FITS, set()).add(at)
 
     def _assume_count(self, name: str, args: Any, kwargs: Any, count: int) -> None:
         """How many parts there are is taken for granted. Where they are as many as a size says, that can be asked

@@ -27,7 +27,7 @@ from .interception import intercepted
 from .layers import described, is_layer, is_plain_layer, tensor_paths, whole_reason
 from .listening import OTHER_MODE, Listening, ambient
 from .proxies import Untraceable
-from .shapes import LAYER
+from .shapes import LAYER, SHAPE
 from .side_channels import Ledger
 from .sizes import concrete
 from .snapshots import Snapshot, rng_state
@@ -65,13 +65,13 @@ class Asked:
         kinds: whether they asked for the data type or the device of a tensor.
         compiling: whether they asked if they were being compiled.
         modes: the paths of the modules whose `training` they read.
-        places: plain attributes, by path and name, that they moved to where they are.
+        facts: what is so of tensors that modules keep: by path, name and attribute, its value.
     """
 
     kinds: bool = False
     compiling: bool = False
     modes: dict[str, None] = field(default_factory=dict)
-    places: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    facts: dict[tuple[str, str, str], Any] = field(default_factory=dict)
 
 
 class Recorder:
@@ -92,6 +92,7 @@ class Recorder:
         self.asked = Asked()
         self.failed: dict[str, str] = {}
         self._forced, self._also, self._watches = forced, also, watches
+        self._alias = root_alias
         self._identity = threading.get_ident()
         self._paths = {module: path for path, module in reversed([*root.named_modules(remove_duplicate=False)])}
         self.writer = Writer(
@@ -146,10 +147,21 @@ class Recorder:
         if module._buffers.get(name) is original:
             self.asked.kinds = True
         elif id(vars(module).get(name)) == id(original):
-            self.asked.places[self._paths[module], name] = original
+            facts = {"dtype": original.dtype, "device": original.device}
+            self.asked.facts |= {(self._paths[module], name, kind): fact for kind, fact in facts.items()}
         else:
             return False
         return True
+
+    def fixed_shape(self, node: fx.Node, value: Tensor) -> tuple[int, ...] | None:
+        """The shape of a tensor that a module keeps, which is assumed to stay; None where a node gives another."""
+        if node.op != "get_attr":
+            return None
+        with torch._C.DisableTorchFunction():
+            node.meta[SHAPE] = value.shape
+        path, _, name = str(node.target).removeprefix(f"{self._alias}.").rpartition(".")
+        self.asked.facts[path, name, "shape"] = node.meta[SHAPE]
+        return tuple(node.meta[SHAPE])
 
     def read_training(self, module: nn.Module) -> bool:
         if module in self._paths:

@@ -16,6 +16,12 @@ Size: TypeAlias = "tuple[fx.Node, int] | fx.Node | int"
 RANK = "fxreg_rank"
 """In a node's `meta`: the number of dimensions of its value."""
 
+SHAPE = "fxreg_shape"
+"""In the `meta` of a read of a parameter or buffer whose shape is assumed to stay: that."""
+
+FITS = "fxreg_fits"
+"""In the `meta` of an indexing: the dimensions along which a slice `[:n]` is assumed to find n or more."""
+
 LAYER = "fxreg_layer"
 """In the `meta` of a call of a layer of torch's in which nothing of the user's runs: its class."""
 
@@ -42,6 +48,8 @@ def source(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], Size] | Non
 
 def _source(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], Size]) -> Size:
     rank = node.meta.get(RANK)
+    if SHAPE in node.meta:
+        return int(node.meta[SHAPE][dim])
     first = node.args[0] if node.args else None
     if rank is None or not isinstance(first, fx.Node) or RANK not in first.meta:
         return node, dim
@@ -58,6 +66,8 @@ def _source(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], Size]) -> 
         return _said(node, dim, rank, known)
     if name in _BINARY:
         return _of_two(node, dim, rank, known)
+    if name == "getitem":
+        return _of_index(node, dim, known)
     if name == "transpose" and len(node.args) == 3:
         one, other = (int(d) % rank for d in node.args[1:])  # type: ignore[arg-type]
         return source(first, {one: other, other: one}.get(dim, dim), known)
@@ -112,6 +122,45 @@ def _is_plain_index(index: Any) -> bool:
     return not any(isinstance(part, fx.Node | list) for part in parts)
 
 
+def sliced(index: Any, rank: int) -> list[tuple[int, slice] | None]:
+    """For every dimension of what a plain index takes of a value of a rank: its dimension there, and the slice along
+    it; None for a new one."""
+    parts = index if isinstance(index, tuple) else (index,)
+    rest = [slice(None)] * (rank - sum(part is not None and part is not ... for part in parts))
+    at = parts.index(...) if any(part is ... for part in parts) else len(parts)
+    found: list[tuple[int, slice] | None] = []
+    dim = 0
+    for part in (*parts[:at], *rest, *parts[at + 1 :]):
+        if part is None:
+            found.append(None)
+            continue
+        if isinstance(part, slice):
+            found.append((dim, part))
+        dim += 1
+    return found
+
+
+def _of_index(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], Size]) -> Size:
+    """The size of what is taken by numbers, slices, None and an ellipsis."""
+    value, index = node.args
+    if not _is_plain_index(index):
+        return node, dim
+    taken = sliced(index, value.meta[RANK])[dim]  # type: ignore[union-attr]
+    if taken is None:
+        return 1
+    at, part = taken
+    if part == slice(None):
+        return source(value, at, known)  # type: ignore[arg-type]
+    return _number(part.stop, known) if at in node.meta.get(FITS, ()) else (node, dim)
+
+
+def _number(size: fx.Node, known: dict[tuple[fx.Node, int], Size]) -> Size:
+    """A size as it was told."""
+    if size.target == "size" and isinstance(size.args[0], fx.Node):
+        return source(size.args[0], int(size.args[1]), known)  # type: ignore[arg-type]
+    return size
+
+
 def torch_name(node: fx.Node) -> str:
     """The name of the torch function or method that a node calls; "" for an operator of somebody else's."""
     if isinstance(node.target, str):
@@ -129,6 +178,7 @@ def _of_two(node: fx.Node, dim: int, rank: int, known: dict[tuple[fx.Node, int],
     if any(r is None for _, r in ranks):
         return node, dim
     found = {source(one, dim - (rank - r), known) for one, r in ranks if r and dim >= rank - r}  # type: ignore[arg-type]
+    found = found - {1} or found
     return found.pop() if len(found) == 1 else (node, dim)
 
 
@@ -141,7 +191,5 @@ def _said(node: fx.Node, dim: int, rank: int, known: dict[tuple[fx.Node, int], S
         return node, dim
     size = sizes[dim]
     if isinstance(size, fx.Node):
-        if size.target == "size" and isinstance(size.args[0], fx.Node):
-            return source(size.args[0], int(size.args[1]), known)  # type: ignore[arg-type]
-        return size
+        return _number(size, known)
     return size if isinstance(size, int) and size >= 0 else (node, dim)

@@ -233,6 +233,36 @@ class DerivedBranch(Net):
         return self.fc(x) if x.abs().sum(-1).amax().gt(1).item() else self.op(x)
 
 
+@case("a branch on values as long as what a table was cut to", lambda: (torch.ones(4, 3, 3),), lambda: (
+    (torch.ones(2, 5, 3),), (-torch.ones(4, 3, 3),), (torch.ones(4, 1, 3),), (torch.ones(1, 4, 3),),
+    shortened))  # fmt: skip
+class CutTable(Net):
+    def prepare(self) -> None:
+        self.register_buffer("table", torch.arange(12.0).view(1, 4, 3))
+
+    def run(self, x: Tensor) -> Any:
+        h = self.table[:, : x.shape[1]] * 2
+        y = self.fc(x) + h.sum()
+        return y * h.shape[1] if (x[:, : h.shape[1]].flatten(1) > 0).all() else y
+
+
+def shortened(called: nn.Module, model: nn.Module) -> Any:
+    before, model.table = model.table, model.table[:, :1].clone()
+    try:
+        return called(torch.ones(4, 3, 3))
+    finally:
+        model.table = before
+
+
+@case("cuts that leave little or nothing", lambda: (torch.ones(4, 3),), lambda: (
+    (torch.ones(2, 3),), (torch.ones(9, 3),), (torch.zeros(6, 3),)))  # fmt: skip
+class CutAway(Net):
+    def run(self, x: Tensor) -> Any:
+        head, rest = x[: x.shape[0] - 3], x[None, ..., : x.shape[0] // 2]
+        y = self.fc(x).sum(0) * head.shape[0] + rest.shape[-1]
+        return y * 2 if (x[: head.shape[0]] > 0).all() else y
+
+
 @case("an assertion about values", later=lambda: (batch(2), (torch.full((2, 3), torch.nan),)))
 class Asserted(Net):
     def run(self, x: Tensor) -> Any:

@@ -267,7 +267,7 @@ def test_a_forward_that_fails_leaves_everything_as_it_was() -> None:
     assert nn.Module.__call__ is _CALL
 
 
-@pytest.mark.parametrize("name", ["wav2vec2", "funnel", "clip", "prophetnet"])
+@pytest.mark.parametrize("name", ["wav2vec2", "funnel", "flava", "prophetnet"])
 def test_islands_of_real_models_change_nothing(name: str) -> None:
     model, examples = ZOO[name].make()
     gm = fxreg.transform(model, L1, example_inputs=examples)
