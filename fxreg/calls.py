@@ -190,6 +190,15 @@ def unpack(value: Any, count: int) -> tuple[Any, ...]:
     return parts
 
 
+def expect_given(value: Any, name: str) -> None:
+    """An error if an argument was left out whose default the code cannot say."""
+    if value is ...:
+        raise CaptureError(
+            f"argument {name!r} was left out, and its default is nothing that a graph's code can say. Pass it, or "
+            "capture the model without an example of it."
+        )
+
+
 def expect_default(value: Any, default: Any, name: str) -> None:
     """An error unless an argument is left at the default that capture fixed."""
     if value is not default and not (type(value) is type(default) and value == default):

@@ -247,19 +247,23 @@ def _add_placeholders(graph: fx.Graph, arguments: tuple[Argument, ...]) -> dict[
     """The arguments in the order of the signature, so that they keep their positions; fixed ones are checked."""
     nodes, optional = {}, False
     fixed: list[tuple[Any, ...]] = []
+    needed: list[tuple[Any, ...]] = []
     for argument in arguments:
         if optional or argument.default is not inspect.Parameter.empty:
             optional = True
             default = argument.default if _is_writable(argument.default) else ...
             node = graph.placeholder(argument.name, default_value=default)
+            if argument.is_open and default is ... and argument.default is not ...:
+                needed.append((node, argument.name))
         else:
             node = graph.placeholder(argument.name)
         if argument.is_open:
             nodes[argument.name] = node
         else:
             fixed.append((node, default, argument.name))
-    for check in fixed:
-        graph.call_function(calls.expect_default, check).meta["is_wrapped"] = True
+    for function, checks in ((calls.expect_default, fixed), (calls.expect_given, needed)):
+        for check in checks:
+            graph.call_function(function, check).meta["is_wrapped"] = True
     return nodes
 
 

@@ -15,9 +15,10 @@ from torch import fx, nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 
 from .errors import CaptureError
+from .freezing import frozen
 from .graphs import as_function, read, written
 from .staleness import Remembered, check_unchanged
-from .structure import PLAIN, likeness, tensors
+from .structure import PLAIN, alike, likeness, tensors
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,23 @@ class Settled:
         path: of the module.
         keeper: the module's attribute with the object; "" for the module itself.
         name: of the attribute; of hooks, their kind.
-        value: a plain one, how many hooks, or else the type.
+        value: a plain one, how many hooks, or else the type: what compiled code compares.
+        exactly: all of it, frozen.
     """
 
     path: str
     keeper: str
     name: str
     value: Any
+    exactly: Any
 
     def holds(self, model: nn.Module) -> bool:
         owner: Any = model.get_submodule(self.path)
         if self.keeper:
             owner = getattr(owner, self.keeper, None)
         now: object = getattr(owner, self.name, ...)
+        if not torch.compiler.is_compiling():
+            return alike(frozen(now), self.exactly)
         if isinstance(now, collections.OrderedDict):
             return bool(len(now) == self.value)
         is_type = isinstance(self.value, type)
@@ -98,7 +103,7 @@ class Settled:
 
 
 def settled(model: nn.Module, changes: Iterable[tuple[int, str, Any]]) -> tuple[Settled, ...] | None:
-    """Where changes of state are, as `Snapshot.settling` gives them; None if somewhere else."""
+    """Where changes of state are that were just made, as `Snapshot.settling` gives them; None if somewhere else."""
     places: dict[int, tuple[str, str, str]] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -112,7 +117,10 @@ def settled(model: nn.Module, changes: Iterable[tuple[int, str, Any]]) -> tuple[
         if identity not in places:
             return None
         path, keeper, kind = places[identity]
-        found.append(Settled(path, keeper, kind or name, value if isinstance(value, PLAIN) else type(value)))
+        now = getattr(model.get_submodule(path), kind) if kind else value
+        found.append(
+            Settled(path, keeper, kind or name, value if isinstance(value, PLAIN) else type(value), frozen(now))
+        )
     return tuple(found)
 
 

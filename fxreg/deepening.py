@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from .captured import Assumed, Captured, Settled, joined, kinds_of, settled
+from .freezing import frozen
 from .layers import described
 from .merging import differing, merged
 from .module import CHILD
@@ -22,7 +23,7 @@ from .recording import Recorder
 from .scanning import global_objects
 from .snapshots import Snapshot, borrowed, iterator_kept
 from .staleness import remember
-from .structure import fresh, likeness, map_tensors
+from .structure import alike, fresh, likeness, map_tensors
 
 _TRIES = 40
 
@@ -75,7 +76,7 @@ class _Session:
     def recorded(self) -> Captured:
         first, other = self._recorded_twice(training=True), self._run(training=False)
         found = _differing(first, other, numbers=False)
-        if not found and first.writer.kept == other.writer.kept:
+        if not found and alike(first.writer.kept, other.writer.kept):
             return self._captured(first, other)
         if found and not any(self._has_parameters(path) for path in found):
             raise _Again(dict.fromkeys(found, "does other things in training than in evaluation"))
@@ -88,7 +89,7 @@ class _Session:
             raise _Again({path: one.opaque.get(path, again.opaque.get(path, "")) for path in missing})
         if found := _differing(one, again, numbers=True):
             raise _Again(dict.fromkeys(found, "differs from one call to the next"))
-        if one.writer.kept != again.writer.kept:
+        if not alike(one.writer.kept, again.writer.kept):
             raise _Again({"": "returns an object that differs from one call to the next"})
         return one
 
@@ -102,7 +103,7 @@ class _Session:
         questions, answers = joined([one[:2] for one in asked])
         modes = first.asked.modes | other.asked.modes
         values = tuple(self.arguments.values())
-        facts = [Settled(*where, fact) for where, fact in (first.asked.facts | other.asked.facts).items()]
+        facts = [Settled(*where, fact, frozen(fact)) for where, fact in (first.asked.facts | other.asked.facts).items()]
         kept = dict(first.writer.kept)
         if training is False:  # beside those of the graph for training
             kept = {f"{name}_in_evaluation": one for name, one in kept.items()}
@@ -116,7 +117,7 @@ class _Session:
             kinds=kinds_of(self.model, values) if first.asked.kinds or other.asked.kinds else None,
             questions=questions,
             answers=answers,
-            is_eager=first.asked.compiling or other.asked.compiling,
+            is_eager=first.asked.compiling or other.asked.compiling or _sets_more_than_modes(self.model),
             asks_values=any(takes_values for _, _, takes_values in asked),
             kept=kept,
             settled=(*self.settled, *facts),
@@ -170,6 +171,11 @@ class _Session:
         except Exception as error:  # not Untraceable, which is none
             raise _Again(recorder.failed or {"": described(error)}) from error
         return recorder
+
+
+def _sets_more_than_modes(model: nn.Module) -> bool:
+    """Whether `train` of a class of the user's may also set what compiled code does not compare."""
+    return any(type(module).train is not nn.Module.train for module in model.modules())
 
 
 def _differing(one: Recorder, other: Recorder, numbers: bool) -> set[str]:

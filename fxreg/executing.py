@@ -32,6 +32,7 @@ _MENTIONS = {
     "vars": _DICTIONARY,
     "__dict__": _DICTIONARY,
     "type": _TYPE,
+    "__class__": _TYPE,
     "Thread": "starts a thread",
     "ThreadPoolExecutor": "starts a thread",
 }
@@ -59,6 +60,7 @@ _QUESTIONS = {
 
 
 _HASH = torch.Tensor.__hash__.__code__
+_DISPATCH = functools.singledispatch(lambda value: value).__code__  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -66,6 +68,8 @@ def watched(recorder: Any) -> Iterator[None]:
     """Tell the recorder of everything the user's code executes that a graph cannot hold, before it happens."""
 
     def enter(frame: types.FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_name == "__init__" and recorder.thread and frame.f_code.co_argcount:
+            recorder.note_made(frame.f_locals[frame.f_code.co_varnames[0]])
         if not recorder.thread or _is_foreign(frame.f_globals.get("__name__", "")):
             return None
         frame.f_trace_lines = False
@@ -85,6 +89,8 @@ def watched(recorder: Any) -> Iterator[None]:
         if event == "call" and recorder.thread:
             if frame.f_code in _COMPILING:
                 recorder.asked.compiling = True
+            elif frame.f_code is _DISPATCH and any(type(one) in SYMBOLIC for one in frame.f_locals["args"]):
+                recorder.give_up("dispatches by the type of a size")
             elif frame.f_code is _HASH and not recorder.writer.is_kept_tensor(frame.f_locals["self"]):
                 recorder.give_up("hashes a tensor")
         elif event == "c_call" and recorder.thread and not _is_foreign(frame.f_globals.get("__name__", "")):
@@ -167,8 +173,11 @@ def _flagged(code: types.CodeType) -> dict[int, str]:
             found[instruction.offset] = _TYPE
         elif name == "IS_OP" and instructions[position - 1].opname != "LOAD_CONST":
             found[instruction.offset] = _IDENTITY
-        elif name in ("STORE_ATTR", "DELETE_ATTR") and _is_on_global(instructions[position - 1], code):
-            found[instruction.offset] = f"writes the attribute {argument!r} of something global"
+        elif name in ("STORE_ATTR", "DELETE_ATTR") and instructions[position - 1].opname not in (
+            "LOAD_ATTR",
+            "BINARY_SUBSCR",
+        ):
+            found[instruction.offset] = f"writes the attribute {argument!r} of something that is not its own"
         elif name in ("BEFORE_WITH", "BEFORE_ASYNC_WITH"):
             found[instruction.offset] = f"enters {context_name(instructions[:position])}"
     return found
@@ -183,8 +192,8 @@ def _matters(reason: str, frame: types.FrameType, recorder: Any) -> bool:
     if reason == _IDENTITY:
         value = _operand(frame)
         return value is _UNKNOWN or recorder.writer.veils or type(value) in SYMBOLIC or isinstance(value, torch.Tensor)
-    if (updated := _updates(frame.f_code).get(frame.f_lasti)) is not None:  # of an object whose state is watched
-        return not hasattr(frame.f_locals.get(updated), "__dict__")
+    if (written := _written(frame.f_code).get(frame.f_lasti)) is not None:
+        return not recorder.watches_over(frame.f_locals.get(written))
     return True
 
 
@@ -216,28 +225,25 @@ def _is_of_builtins(before: dis.Instruction) -> bool:
     return before.argval == "builtins" or not before.opname.startswith("LOAD_")
 
 
-def _is_on_global(before: dis.Instruction, code: types.CodeType) -> bool:
-    """Whether an attribute is written of what was loaded last, and that outlives the call."""
-    if before.opname == "SWAP":  # x.a += 1
-        return True
-    if before.opname == "LOAD_DEREF":  # a variable of its own that an inner function sees is local
-        return before.argval in code.co_freevars
-    return before.opname in ("LOAD_GLOBAL", "LOAD_CLASSDEREF") or before.argval == "__class__"
-
-
 @functools.lru_cache(maxsize=4096)
-def _updates(code: types.CodeType) -> dict[int, str]:
-    """The offsets where `x.a += 1` writes, and the name of the local variable x."""
+def _written(code: types.CodeType) -> dict[int, str]:
+    """The offsets where an attribute of a variable is written, `x.a = 1` or `x.a += 1`, and the variable's name."""
     found = {}
     instructions = [*dis.get_instructions(code)]
     for position, instruction in enumerate(instructions):
-        if instruction.opname == "STORE_ATTR" and instructions[position - 1].opname == "SWAP":
-            before = instructions[:position]  # x, a copy of it, its a, what is added, and x on top again
-            read = max((i for i, one in enumerate(before) if one.opname == "LOAD_ATTR"), default=0)
-            while read > 2 and (before[read].opname, before[read].argval) != ("LOAD_ATTR", instruction.argval):
+        if instruction.opname not in ("STORE_ATTR", "DELETE_ATTR"):
+            continue
+        owner = instructions[position - 1]
+        if owner.opname == "SWAP":  # x, a copy of it, its a, what is added, and x on top again
+            read = position - 1
+            while read > 2 and (instructions[read].opname, instructions[read].argval) != (
+                "LOAD_ATTR",
+                instruction.argval,
+            ):
                 read -= 1
-            if [one.opname for one in before[read - 2 : read]] == ["LOAD_FAST", "COPY"]:
-                found[instruction.offset] = str(before[read - 2].argval)
+            owner = instructions[read - 2] if instructions[read - 1].opname == "COPY" else owner
+        if owner.opname in ("LOAD_FAST", "LOAD_DEREF"):
+            found[instruction.offset] = str(owner.argval)
     return found
 
 

@@ -37,11 +37,27 @@ def _held(value: Any, registered: set[int], seen: set[int]) -> Iterator[int]:
         yield id(value)
         if value._base is not None:
             yield id(value._base)
-    for inside in _inside(value):
-        yield from _held(inside, registered, seen)
+    for part in inside(value):
+        yield from _held(part, registered, seen)
 
 
-def _inside(value: Any) -> Iterator[Any]:
+def leads_to(module: nn.Module) -> bool:
+    """Whether something that a module, or one inside it, keeps beside its registries leads to the module itself."""
+    waiting = [v for one in module.modules() for name, v in vars(one).items() if name not in _REGISTRIES]
+    registered = {id(one) for one in module.modules() if one is not module}
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if value is module:
+            return True
+        if id(value) not in seen and id(value) not in registered and not isinstance(value, _CLOSED):
+            seen.add(id(value))
+            waiting += inside(value)
+    return False
+
+
+def inside(value: Any) -> Iterator[Any]:
+    """What a value refers to, and could be reached through it."""
     match value:
         case dict():
             yield from value.values()

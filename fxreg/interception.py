@@ -14,7 +14,8 @@ _CHANGES = (
 )  # fmt: skip
 
 
-_lock = threading.RLock()
+lock = threading.RLock()
+"""Whoever patches a class holds it."""
 _PLAIN = frozenset({bool, int, float, str})
 _INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
 
@@ -26,7 +27,7 @@ def intercepted(tracer: Any) -> Iterator[None]:
     The patches sit on classes and so are seen by every thread; each passes other threads through untouched. One trace
     at a time.
     """
-    with _lock, torch.enable_grad():
+    with lock, torch.enable_grad():
         patches = [*_on_modules(tracer), *_on_questions(tracer)]
         originals = [(owner, name, vars(owner).get(name)) for owner, name, _ in patches]
         try:

@@ -9,7 +9,7 @@ import collections
 import contextvars
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -20,6 +20,8 @@ from torch._C import _are_functorch_transforms_active  # private: no public way 
 from .capture import Examples, Given, capture, split_examples, visible_layers
 from .captured import Captured
 from .emitting import verified
+from .hidden_uses import leads_to
+from .interception import lock
 from .layers import is_layer, whole_reason
 from .lowering import lower
 from .module import RegularizedModule, stand_for, state_of
@@ -27,6 +29,7 @@ from .planning import Plan
 from .side_channels import HOOKS
 from .snapshots import borrowed
 from .structure import fresh, map_tensors
+from .watching import watch
 from .writing import is_plain_argument
 
 _LAYERS = 2
@@ -78,7 +81,7 @@ def _observed(model: nn.Module, modules: Collection[nn.Module], example_inputs: 
             calls[module] = Given(*map_tensors(fresh, (args, kwargs)))
 
     for training in (True, False):
-        with borrowed(model, training=training), _noting_calls(note):
+        with borrowed(model, training=training), _noting_calls(note), suppress(Exception):  # what came before it counts
             args, kwargs = map_tensors(fresh, split_examples(example_inputs))
             contextvars.copy_context().run(model, *args, **kwargs)
     return calls
@@ -87,23 +90,24 @@ def _observed(model: nn.Module, modules: Collection[nn.Module], example_inputs: 
 @contextmanager
 def _noting_calls(note: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
     """Tell of every call of a module in this thread. The patch sits on the class, and passes other threads through."""
-    original, thread = nn.Module.__call__, threading.get_ident()
+    with lock:
+        original, thread = nn.Module.__call__, threading.get_ident()
 
-    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread and not torch.compiler.is_compiling():
-            note(module, args, kwargs)
-        return original(module, *args, **kwargs)
+        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread and not torch.compiler.is_compiling():
+                note(module, args, kwargs)
+            return original(module, *args, **kwargs)
 
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
 def _captured(module: nn.Module, examples: Given) -> RegularizedModule | None:
     """A module's forward by itself, if a graph holds more than one of its layers, and does what it does."""
-    if is_layer(module):
+    if is_layer(module) or leads_to(module):  # a stand-in would not be met there
         return None
     bare = _without_hooks(module)
     if whole_reason(bare, runs=True):
@@ -116,6 +120,7 @@ def _captured(module: nn.Module, examples: Given) -> RegularizedModule | None:
     except Exception:  # whatever it is, the module runs as it is
         return None
     stand_for(island, module)
+    watch(island)
     return island if _is_deep(module, state_of(island).captured.graph) else None
 
 

@@ -18,6 +18,7 @@ from .torch_calls import (
     RANKS,
     SILENT,
     SIZES,
+    WANTS,
     as_node,
     holds_only_tensors,
     is_certain,
@@ -51,7 +52,7 @@ class Listening(TorchFunctionMode):
             return self._sizes(name, *args, **kwargs)
         if catcher := inside_handler():
             self._recorder.give_up(f"{catcher} catches exceptions")
-        elif is_refused(function, name):
+        elif is_refused(function, name) or (name in WANTS and self._writer.is_kept_tensor(args[0])):
             self._recorder.give_up(f"calls {name} in its forward")
         made: tuple[Any, Any] = ((), {})
         if self._writer.writes:

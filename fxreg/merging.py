@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from . import calls
+from .structure import alike
 
 
 class _OtherShape(Exception):  # noqa: N818  not an error
@@ -33,7 +34,7 @@ def differing(one: fx.Graph, other: fx.Graph, numbers: bool) -> set[str]:
         if isinstance(value, fx.Node) or isinstance(another, fx.Node):
             if partner.get(another) is not value:
                 raise _OtherShape
-        elif numbers and not _equal(value, another):
+        elif numbers and not alike(value, another):
             raise _OtherShape
 
     for node, twin in zip(one.nodes, other.nodes, strict=True):
@@ -61,7 +62,7 @@ def merged(training: fx.Graph, evaluation: fx.Graph, child: str) -> fx.Graph:
             return new[value]
         if isinstance(value, _Likeness):
             value, other = value.kind, other.kind
-        if _equal(value, other):
+        if alike(value, other):
             return value
         if not modes:
             modes.append(graph.call_function(getattr, (graph.get_attr(child), "training")))
@@ -125,7 +126,3 @@ def _zipped(combine: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
     if isinstance(one, tuple | list | dict | slice) or isinstance(other, tuple | list | dict | slice):
         raise _OtherShape
     return combine(one, other)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and (one == other or one != one)  # noqa: PLR0124  what is not itself is no number

@@ -103,6 +103,7 @@ class Recorder:
         self.state = self._before[0]
         self._is_suspicious = False
         self._made: dict[int, nn.Module] = {}
+        self._own: dict[int, Any] = {}
 
     # What interception asks.
 
@@ -138,6 +139,18 @@ class Recorder:
             self._made[id(module)] = module  # the first thing that its __init__ does
         elif id(module) not in self._made:
             self.give_up(f"{what}, which is none of the model's")
+
+    def note_made(self, value: Any) -> None:
+        """An object's `__init__` is about to run: it is the forward's own, if it has nothing yet."""
+        if not getattr(value, "__dict__", True):
+            self._own[id(value)] = value
+
+    def watches_over(self, value: Any) -> bool:
+        """Whether an attribute of an object may be written: the forward made it, or what is written is seen."""
+        if isinstance(value, nn.Module | Tensor) or id(value) in self._own:
+            return True
+        has_slots = any(getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
+        return not isinstance(value, type) and not has_slots and self._is_kept(value)
 
     def is_as_it_was(self, module: nn.Module, name: str, value: Any) -> bool:
         """Whether an attribute is set to itself: `self.table = self.table.to(x.device)`, where it is there already."""

@@ -115,8 +115,11 @@ def changes_containers(functions: Iterable[types.FunctionType]) -> bool:
 
 
 def global_objects(model: nn.Module) -> tuple[Any, ...]:
-    """What the model's code can reach and change through global variables: containers, and objects of its own."""
+    """What the model's code can reach and change through global variables and its classes: containers, and objects of
+    its own."""
     found: dict[int, Any] = {}
+    for kind in {kind for module in model.modules() for kind in type(module).__mro__ if not _is_library(kind)}:
+        found |= {id(value): value for value in vars(kind).values() if isinstance(value, _MUTABLE)}
     for function in {f for module in model.modules() for f in functions_of(module)}:
         for name in _names(function.__code__):
             value = function.__globals__.get(name)

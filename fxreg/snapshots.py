@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from .enclosed import enclosed
-from .scanning import mentioned_names
+from .scanning import global_objects, mentioned_names
 
 _INERT = (
     bool, int, float, complex, str, bytes, types.NoneType, type, types.ModuleType, types.BuiltinFunctionType,
-    torch.dtype, torch.device, torch.Size, fx.Graph, logging.Logger, logging.Manager,
+    torch.dtype, torch.device, torch.Size, fx.Graph, logging.Manager,
 )  # fmt: skip
 _CONTAINERS = (dict, list, set, collections.deque)
 _EXACT_CONTAINERS = frozenset({*_CONTAINERS, collections.OrderedDict})
-_LEAVES = frozenset(_INERT)
+_LEAVES = frozenset({*_INERT, logging.Logger})  # a logger's levels are none of the model's; those of a class may be
 _TENSORS = frozenset({Tensor, nn.Parameter})
 
 
@@ -47,7 +47,7 @@ class Snapshot:
         self._empty: dict[int, Any] = {}  # containers with nothing in them: every module has a dozen
         self._found_in: dict[int, int] = {}  # by identity, what holds a value; names are made of it when needed
         waiting: list[Any] = [*also]
-        self._roots = {id(value): "" for value in waiting}
+        self._roots = {id(value): f"a global {type(value).__name__}" for value in waiting}
         passed = _LEAVES if with_values else _LEAVES | _TENSORS
         stops = _INERT if other_modules else (*_INERT, nn.Module)
         for module in modules:
@@ -55,14 +55,14 @@ class Snapshot:
             waiting.append(vars(module))
         while waiting:
             value = waiting.pop()
-            if isinstance(value, stops):
+            if isinstance(value, stops) or type(value) is logging.Logger:
                 continue
             if isinstance(value, Tensor) and not (with_values and _can_be_compared(value)):
                 continue
             before = _state(value)
             if before is not None:
                 self._held[id(value)] = (value, before)
-            for inner in (one for _, one in _items(value)) if isinstance(value, dict) else _inside(value):
+            for inner in _parts(value) if isinstance(value, dict) else _inside(value):
                 kind, identity = type(inner), id(inner)
                 if kind in passed or identity in self._found_in or identity in self._roots:
                     continue
@@ -170,6 +170,13 @@ def _items(value: dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
     return cast("Iterable[tuple[Any, Any]]", kind.items(value))
 
 
+def _parts(value: dict[Any, Any]) -> Iterator[Any]:
+    """What is in a dict; of one of a class of its own, its attributes as well."""
+    yield from (one for _, one in _items(value))
+    if type(value) not in _EXACT_CONTAINERS and isinstance(getattr(value, "__dict__", None), dict):
+        yield vars(value)
+
+
 def _inside(value: Any) -> Iterator[Any]:
     """What a value that is no dict refers to, and could be changed through it."""
     match value:
@@ -269,7 +276,8 @@ def borrowed(model: nn.Module, also: Iterable[nn.Module] = (), training: bool = 
     """Run things on the model in a mode; yields a function that sets its state and all RNG back to the start, and
     does so at the end, mode included."""
     modes = [(module, module.training) for module in model.modules()]
-    snapshot = Snapshot([*model.modules(), *also], with_values=True)
+    wanting = [(tensor, tensor.requires_grad) for tensor in (*model.parameters(), *model.buffers())]
+    snapshot = Snapshot([*model.modules(), *also], with_values=True, also=global_objects(model))
     host = rng_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     generators = (torch.get_rng_state(), torch.cuda.get_rng_state_all() if devices else [])
@@ -282,6 +290,9 @@ def borrowed(model: nn.Module, also: Iterable[nn.Module] = (), training: bool = 
             torch.cuda.set_rng_state_all(generators[1])
         for module in model.modules():
             module.training = training
+        for tensor, wants in wanting:
+            if tensor.requires_grad != wants:
+                tensor.requires_grad_(wants)
 
     try:
         reset()

@@ -1,20 +1,17 @@
 """Noticing that a model is no longer what was captured: what a graph holds as it was is compared before each call."""
 
-import functools
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import fx, nn
 
 from .errors import CaptureError
+from .freezing import frozen
 from .side_channels import HOOKS
+from .structure import alike
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_FUNCTIONS = (types.FunctionType, types.MethodType, types.ModuleType, functools.partial)
-_UNKNOWN = ...
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Remembered:
         kind: the qualified name of its class if its forward was traced, otherwise "".
         values: the attributes that were read, as they were.
         parameters: the names of its own parameters.
-        hooks: how many hooks of each kind it had; None where only its class's forward is in the graph, whatever is
+        hooks: its hooks of each kind; None where only its class's forward is in the graph, whatever is
             done around it.
         children: the names of its children, and of those in its lists and dicts of modules.
     """
@@ -35,7 +32,7 @@ class Remembered:
     kind: str
     values: tuple[tuple[str, Any], ...]
     parameters: tuple[str, ...]
-    hooks: tuple[int, ...] | None = ()
+    hooks: tuple[Any, ...] | None = ()
     children: tuple[Any, ...] = ()
 
 
@@ -49,11 +46,10 @@ def remember(
     values: dict[str, dict[str, Any]] = {path: {} for path in ("", *modules)}
     objects: set[int] = set()  # one object, a configuration say, may be everybody's: once is enough
     for (_, path, name), value in reads:
-        if id(value) in objects or (frozen := _frozen(value)) is _UNKNOWN:
-            continue
-        values.setdefault(path, {})[name] = frozen
-        if isinstance(frozen, _Attributes):
-            objects.add(id(value))
+        if id(value) not in objects:
+            values.setdefault(path, {})[name] = frozen(value)
+            if not isinstance(value, _PLAIN):
+                objects.add(id(value))
     return tuple(
         Remembered(
             tuple(path.split(".")) if path else (),
@@ -98,17 +94,17 @@ def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None
             return None  # unpickled: what is left of a model whose class cannot be imported
         if _kind(module) != then.kind:
             return f"is now a {type(module).__name__}"
-        if "forward" in own and then.hooks is not None:
+        if "forward" in own and not (then.hooks is None and isinstance(own["forward"], fx.GraphModule)):
             return "got a forward of its own instance"
-        if values and then.hooks is not None and _hooks(module) != then.hooks:
-            return "got or lost hooks"
+        if values and then.hooks is not None and not alike(_hooks(module), then.hooks):
+            return "has other hooks"
         if _children(module) != then.children:
             return "has other children"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
     for name, value in then.values if values else ():
-        now = _frozen(own[name] if name in own else getattr(module, name, _UNKNOWN))
-        if not _alike(now, value):
+        now = frozen(own[name] if name in own else getattr(module, name, ...))
+        if not alike(now, value):
             return f"has another {name!r}"
     return None
 
@@ -117,9 +113,9 @@ def _own_parameters(module: nn.Module | None) -> tuple[str, ...]:
     return () if module is None else tuple(name for name, p in module._parameters.items() if p is not None)
 
 
-def _hooks(module: nn.Module) -> tuple[int, ...]:
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
     own = vars(module)
-    return tuple([len(own.get(kind, ())) for kind in HOOKS])
+    return tuple([tuple(map(frozen, hooks.values())) if (hooks := own.get(kind)) else () for kind in HOOKS])
 
 
 def _children(module: nn.Module) -> tuple[Any, ...]:
@@ -138,34 +134,3 @@ def _changed(path: tuple[str, ...], what: str) -> CaptureError:
 
 def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-class _Attributes(tuple[Any, ...]):
-    """The plain attributes of an object, names and values in turn."""
-
-
-def _frozen(value: Any) -> Any:
-    """A plain value, plain values in tuples for the lists and dicts that held them, or the plain attributes of an
-    object; otherwise an ellipsis."""
-    kind = type(value)
-    if kind in _SCALARS:
-        return value
-    own = getattr(value, "__dict__", None)
-    if type(own) is dict and not isinstance(value, (nn.Module, Tensor, type, *_FUNCTIONS)):
-        return _Attributes([part for pair in own.items() if type(pair[1]) in _SCALARS for part in pair])
-    if kind is dict:
-        value = [part for pair in value.items() for part in pair]
-    elif kind not in (list, tuple):
-        return _UNKNOWN
-    parts = tuple(map(_frozen, value))
-    return _UNKNOWN if _UNKNOWN in parts else parts
-
-
-def _alike(now: Any, then: Any) -> bool:
-    if now is then:
-        return True
-    if type(now) is not type(then):
-        return False
-    if isinstance(now, tuple):
-        return len(now) == len(then) and all(map(_alike, now, then))
-    return bool(now == then or now != now)  # noqa: PLR0124  what is not itself is not a number

@@ -241,6 +241,19 @@ def held(value: Any) -> Any:
     return {key: held(one) for key, one in value.items()} if kind is dict else value
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same to everybody: in containers too, of one type, and -0.0 is not 0.0."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(map(alike, one.values(), other.values()))
+    return repr(one) == repr(other) if isinstance(one, float | complex) else bool(one == other)
+
+
 def differs(held: Any, now: Any) -> bool:
     """Whether containers among arguments have changed since they were held."""
     if type(now) in (tuple, list):

@@ -24,6 +24,9 @@ DECISIONS = {"__bool__", "__contains__", "item", "is_nonzero", "equal", "allclos
 SILENT = {"_set_grad_enabled"}
 """What these change is noticed at the next call."""
 
+WANTS = {"requires_grad_", "__set__"}
+"""What asks for a gradient: of a value, or of a tensor that the model keeps."""
+
 _REFUSED = {
     "backward", "register_hook", "retain_grad", "detach_", "resize_", "resize_as_", "set_", "seed",
     "share_memory_", "data", "grad", "register_post_accumulate_grad_hook", "__deepcopy__", "manual_seed", "apply_",
@@ -136,7 +139,7 @@ _FRESH_LAYERS = (
 def may_write(node: fx.Node) -> bool:
     """Whether a call of a function or method may write into its arguments."""
     name = torch_name(node)
-    if is_in_place(name) or name == "setitem":
+    if (is_in_place(name) and name not in WANTS) or name == "setitem":
         return True
     return "out" in node.kwargs or bool(node.kwargs.get("inplace")) or (node.op == "call_function" and not name)
 

@@ -4,6 +4,7 @@ Each is called otherwise than the example afterwards. What the first group deman
 model plus its penalty or that there is an `FxregError`; what the second group demands is that it is the model.
 """
 
+import collections
 import contextvars
 import copy
 import enum
@@ -12,6 +13,7 @@ import random
 import types
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -665,6 +667,273 @@ class LayerAppended(Net):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+# What is kept beside plain values, and changes after a first call or between calls.
+
+
+class Small:
+    def __init__(self, value: float) -> None:
+        self.values = [value]
+
+
+def set_to(**values: Any) -> Any:
+    """Set attributes of the model, and call it."""
+
+    def change(called: nn.Module, model: Any) -> Any:
+        before = {name: getattr(model, name) for name in values}
+        vars(model).update(values)
+        try:
+            return called(ONES)
+        finally:
+            vars(model).update(before)
+
+    return change
+
+
+def first_with(x: Tensor) -> Any:
+    """Make a call that sets what a first call sets, and then another."""
+
+    def call(called: nn.Module, model: Any) -> Any:
+        model.kept, model.inner._forward_hooks = None, collections.OrderedDict()
+        called(x)
+        return called(ONES)
+
+    return call
+
+
+class Kept(Net):
+    kept: Any = None
+
+    def prepare(self) -> None:
+        self.inner = Inner()
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x)
+
+
+@attack("a hook that a first call makes of its argument", later=lambda: (first_with(torch.ones(7, 3)),))
+class HookOfFirst(Kept):
+    def run(self, x: Tensor) -> Any:
+        if not self.inner._forward_hooks:
+            n = float(x.shape[0])
+            self.inner.register_forward_hook(lambda module, args, output: output * n)
+        return self.fc(self.inner(x))
+
+
+@attack("a function that a first call chooses", later=lambda: (first_with(-ONES),))
+class FunctionOfFirst(Kept):
+    def run(self, x: Tensor) -> Any:
+        if self.kept is None:
+            self.kept = F.relu if (x > 0).all() else torch.tanh
+        return self.kept(self.fc(x))
+
+
+@attack("an object that a first call makes of its argument", later=lambda: (first_with(torch.ones(7, 3)),))
+class ObjectOfFirst(Kept):
+    def run(self, x: Tensor) -> Any:
+        if self.kept is None:
+            self.kept = Small(float(x.shape[0]))
+        return self.fc(x) * self.kept.values[0]
+
+
+def other_hooks(called: nn.Module, model: Any) -> Any:
+    before = model.inner._forward_hooks.copy()
+    model.inner._forward_hooks.clear()
+    model.inner.register_forward_hook(lambda module, args, output: output * 3)
+    try:
+        return called(ONES)
+    finally:
+        model.inner._forward_hooks.clear()
+        model.inner._forward_hooks.update(before)
+
+
+@attack("as many hooks, and others", later=lambda: (other_hooks,))
+class OtherHooks(Kept):
+    def prepare(self) -> None:
+        super().prepare()
+        self.inner.register_forward_hook(lambda module, args, output: output * 2)
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(self.inner(x))
+
+
+@attack(
+    "attributes that are neither numbers nor strings",
+    later=lambda: (
+        set_to(act=torch.tanh), set_to(table={"k": 3.0, "f": F.relu}), set_to(names={"b"}),
+        set_to(space=types.SimpleNamespace(inner={"k": 5.0})), set_to(ordered=collections.OrderedDict(k=5.0)),
+        set_to(number=np.float64(4.0)), set_to(array=np.ones(2)), set_to(pair=recorded.Pair(ONES, 7.0)),
+        set_to(small=Small(9.0)), set_to(partial=functools.partial(torch.mul, other=5.0)),
+    ),
+)  # fmt: skip
+class ManyKinds(Net):
+    def prepare(self) -> None:
+        self.act, self.table, self.names = F.relu, {"k": 2.0, "f": F.relu}, {"a"}
+        self.space, self.ordered = types.SimpleNamespace(inner={"k": 2.0}), collections.OrderedDict(k=2.0)
+        self.number, self.array, self.pair = np.float64(2.0), np.zeros(2), recorded.Pair(ONES, 2.0)
+        self.small, self.partial = Small(2.0), functools.partial(torch.mul, other=2.0)
+
+    def run(self, x: Tensor) -> Any:
+        y = self.partial(self.act(self.fc(x)) * self.table["k"] * (2 if "a" in self.names else 1))
+        y = y * self.space.inner["k"] * self.ordered["k"] * float(self.number) + float(self.array[0])
+        return y * self.pair[1] * self.small.values[0]
+
+
+class Counting(dict[str, float]):
+    def __init__(self, **values: float) -> None:
+        super().__init__(**values)
+        self.hits: list[str] = []
+
+    def __getitem__(self, name: str) -> float:
+        self.hits.append(name)
+        return super().__getitem__(name)
+
+
+@attack("a dict that counts its readers", later=lambda: (lambda called, model: (called(ONES), len(model.table.hits)),),
+        state=lambda model: len(model.table.hits))  # fmt: skip
+class CountingDict(Net):
+    def prepare(self) -> None:
+        self.table = Counting(k=2.0)
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * self.table["k"]
+
+
+# Writes to what no snapshot reaches.
+
+
+def uncounted() -> None:
+    pass
+
+
+uncounted.calls = 0  # type: ignore[attr-defined]
+
+
+class Holding:
+    n = 0
+    log: list[int] = []  # noqa: RUF012
+    inner = Small(0.0)
+
+
+def forgetting(called: nn.Module, model: Any) -> Any:
+    uncounted.calls = Holding.n = 0  # type: ignore[attr-defined]
+    Holding.inner.values = [0.0]
+    return called(ONES), uncounted.calls, Holding.n, len(Holding.inner.values)  # type: ignore[attr-defined]
+
+
+@attack("an attribute of a function, under another name", later=lambda: (forgetting,))
+class OnFunction(Net):
+    def run(self, x: Tensor) -> Any:
+        function: Any = uncounted
+        function.calls += 1
+        return self.fc(x)
+
+
+@attack("an attribute of a class, under another name", later=lambda: (forgetting,))
+class OnClass(Net):
+    def run(self, x: Tensor) -> Any:
+        kind = Holding
+        kind.n = 5
+        return self.fc(x)
+
+
+@attack("an attribute of a class, in a variable of an inner function", later=lambda: (forgetting,))
+class OnCell(Net):
+    def run(self, x: Tensor) -> Any:
+        kind = Holding
+        seen = [kind.n for _ in range(2)]
+        kind.n = 7
+        return [self.fc(x) * len(seen) for _ in range(1) if kind.n]
+
+
+@attack("an object that a class holds", later=lambda: (forgetting,))
+class OnHeld(Net):
+    def run(self, x: Tensor) -> Any:
+        inner = Holding.inner
+        inner.values = [*inner.values, 1.0]
+        return self.fc(x)
+
+
+@attack(
+    "a list of the model's class",
+    later=lambda: (lambda called, model: (model.log.clear(), called(ONES), len(model.log)),),
+    state=lambda model: len(model.log) % 1,
+)
+class OnOwnClass(Net):
+    log: list[int] = []  # noqa: RUF012
+
+    def run(self, x: Tensor) -> Any:
+        self.log.append(1)
+        return self.fc(x)
+
+
+# Types, identities and flags.
+
+
+@attack("the class of a size", later=lambda: (batch(6),))
+class ClassOfSize(Net):
+    def run(self, x: Tensor) -> Any:
+        n = x.shape[0]
+        return self.fc(x) * (2 if n.__class__ is int and n > 4 else 1)
+
+
+@functools.singledispatch
+def kind_of(value: Any) -> int:
+    return 1
+
+
+@kind_of.register
+def _(value: int) -> int:
+    return value
+
+
+@attack("a dispatch by the type of a size", later=lambda: (batch(6),))
+class DispatchOnSize(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * kind_of(x.shape[0])
+
+
+class Typed:
+    def __init__(self, y: Tensor, k: Any) -> None:
+        self.y, self.k = y, k
+
+
+@attack(
+    "numbers of another type in evaluation",
+    later=lambda: (lambda called, model: (result := called(ONES)) and (result.y, repr(result.k)),),
+)
+class TypeByMode(Net):
+    def run(self, x: Tensor) -> Any:
+        return Typed(self.fc(x), 1 if self.training else 1.0)
+
+
+def frozen_again(called: nn.Module, model: Any) -> Any:
+    model.fc.weight.requires_grad_(False)
+    y = called(ONES)
+    return y, model.fc.weight.requires_grad
+
+
+@attack("a parameter that asks for a gradient", later=lambda: (frozen_again,),
+        state=lambda model: model.fc.weight.requires_grad)  # fmt: skip
+class Unfreezing(Net):
+    def run(self, x: Tensor) -> Any:
+        self.fc.weight.requires_grad_(True)
+        return self.fc(x)
+
+
+@attack("a parameter that wants no gradient", later=lambda: (batch(2),),
+        state=lambda model: model.fc.bias.requires_grad)  # fmt: skip
+class Freezing(Net):
+    def run(self, x: Tensor) -> Any:
+        self.fc.bias.requires_grad_(False)
+        return self.fc(x)
 
 
 # Models for which nothing must be refused.

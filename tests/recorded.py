@@ -787,7 +787,8 @@ class FromMaking(Net):
 
 
 class Length:
-    total = 0
+    def __init__(self) -> None:
+        self.total = 0
 
     def extend(self, by: int) -> int:
         self.total += by

@@ -3,6 +3,7 @@
 The reference is the module itself: an island put in the place of its forward must not change anything.
 """
 
+import concurrent.futures
 import copy
 import pickle
 import random
@@ -264,6 +265,101 @@ def test_a_forward_that_fails_leaves_everything_as_it_was() -> None:
 
     with pytest.raises(ValueError, match="as it is"):
         fxreg.transform(build(Raising), L1, example_inputs=(ONES,))
+    assert nn.Module.__call__ is _CALL
+
+
+class Fixed(Dropping):
+    """Its blocks are captured symbolically: nothing is asked of a call."""
+
+    class Scaled(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = 0.5
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return x + self.down(self.up(x)) * self.scale
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Scaled()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](self.first(x)) * (1 if random.random() < 2 else 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "scale", 2.0),
+        lambda block: setattr(block, "up", nn.Linear(3, 3)),
+        lambda block: setattr(block, "forward", lambda x: x * 7),
+    ],
+)
+def test_an_island_says_when_its_module_changed(change: Any) -> None:
+    model, gm = emitted(Fixed)
+    block: Any = model.blocks[0]  # type: ignore[index]
+    island = islands(gm)["blocks.0"]
+    assert torch.equal(island(ONES), block.forward(ONES))
+    change(block)
+    with pytest.raises(fxreg.CaptureError, match="changed since it was captured"):
+        island(ONES)
+
+
+class Bound(Fixed):
+    """A block that holds a method of itself, and one whose child knows it: no other object can stand for them."""
+
+    class Method(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.run = 0, self.counted
+
+        def counted(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.down(self.up(x))
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return self.run(x)
+
+    class Parent(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            vars(self.up)["parents"] = [self]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Method(), self.Parent()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x * (1 if random.random() < 2 else 2)
+
+
+def test_a_module_that_knows_itself_is_no_island() -> None:
+    model, gm = emitted(Bound)
+    assert not islands(gm)
+    assert model.blocks[0].calls == 0  # type: ignore[index, union-attr]
+
+
+def test_a_model_that_fails_when_it_is_observed_has_no_islands() -> None:
+    class Failing(Fixed):
+        def forward(self, x: Tensor) -> Tensor:
+            if nn.Module.__call__ is not _CALL:
+                raise ValueError("observed")
+            return super().forward(x)
+
+    _, gm = emitted(Failing)
+    assert not islands(gm)
+    assert nn.Module.__call__ is _CALL
+
+
+def test_models_transformed_at_once_leave_everything_as_it_was() -> None:
+    def work(_: int) -> int:
+        return len(islands(fxreg.transform(Fixed(), L1, example_inputs=(ONES,))))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(8)))
+    assert max(found) == 1  # one that sees another thread draw random numbers may hold back
     assert nn.Module.__call__ is _CALL
 
 

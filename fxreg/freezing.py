@@ -1,0 +1,79 @@
+"""What a value is, as plain data that can be kept, pickled, and compared later."""
+
+import enum
+import functools
+import sys
+import types
+from collections import deque
+from collections.abc import Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .enclosed import defaults, enclosed
+
+_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_NAMED = (type, types.ModuleType, types.BuiltinFunctionType, types.BuiltinMethodType, types.MethodDescriptorType)
+_DEEP = 8
+
+
+def frozen(value: Any) -> Any:
+    """A value as plain data. Tensors are read live, and modules are compared by themselves: of these, only the type.
+
+    Functions are their code, what they close over and their defaults; objects are their type and attributes.
+    """
+    return _frozen(value, ())
+
+
+def _frozen(value: Any, around: tuple[int, ...]) -> Any:
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if id(value) in around or len(around) > _DEEP:
+        return "..."
+    if isinstance(value, _NAMED):
+        return ("named", getattr(value, "__module__", None), getattr(value, "__qualname__", value.__name__))
+    if isinstance(value, Tensor | nn.Module | fx.Graph):
+        return ("a", _name(kind))
+    around = (*around, id(value))
+
+    def each(values: Any) -> tuple[Any, ...]:
+        return tuple(_frozen(one, around) for one in values)
+
+    numpy = sys.modules.get("numpy")
+    match value:
+        case enum.Enum():
+            return (_name(kind), value.name)
+        case types.FunctionType():
+            code = value.__code__
+            return ("function", code.co_qualname, code.co_code, code.co_names, each(code.co_consts),
+                    each(enclosed(value)), each(defaults(value)))  # fmt: skip
+        case types.CodeType():
+            return ("code", value.co_qualname, value.co_code, value.co_names)
+        case types.MethodType():
+            return ("method", *each((value.__func__, value.__self__)))
+        case functools.partial():
+            return ("partial", *each((value.func, value.args, value.keywords)))
+        case list() | tuple() | deque():
+            parts: Any = each(value)
+        case Mapping():
+            parts = tuple((_frozen(key, around), _frozen(one, around)) for key, one in _items(value))
+        case Set():
+            parts = tuple(sorted(map(repr, each(value))))
+        case _ if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
+            return (_name(kind), str(value.dtype), value.shape, value.tobytes())
+        case _:
+            parts = ()
+    own = getattr(value, "__dict__", None)
+    attributes = tuple((name, _frozen(one, around)) for name, one in own.items()) if type(own) is dict else ()
+    return (_name(kind), parts, attributes) if attributes or not parts else (_name(kind), parts)
+
+
+def _items(value: Any) -> Any:
+    """What is in a mapping, past what its class makes of it."""
+    return dict.items(value) if isinstance(value, dict) else value.items()
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
