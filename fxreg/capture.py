@@ -80,10 +80,17 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
 
 
 def visible_layers(model: nn.Module, graph: fx.Graph) -> set[str]:
-    """The paths of the modules with parameters of their own that a graph calls, or whose parameters it reads."""
+    """The paths of the modules with parameters of their own that a graph calls, or whose parameters it reads, under
+    whatever name."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    return {path for path, module in model.named_modules() if module._parameters and path in called | read}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    read = {id(parameters.get(str(node.target))) for node in graph.nodes if node.op == "get_attr"}
+    return {
+        path
+        for path, module in model.named_modules()
+        if module._parameters
+        and (path in called or any(id(p) in read for p in module._parameters.values() if p is not None))
+    }
 
 
 def _symbolic(model: nn.Module, arguments: tuple["Argument", ...]) -> Captured:

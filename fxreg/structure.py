@@ -187,8 +187,10 @@ def _holds_none_of(leaves: tuple[type, ...], value: Any, depth: int = 4) -> bool
         return False
     if isinstance(value, types.FunctionType):
         return all(_holds_none_of(leaves, one, depth - 1) for one in (*enclosed(value), *defaults(value)))
-    inside = list(getattr(value, "__dict__", {}).values())
-    inside += [getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)]
+    inside: list[Any] = []
+    if type(value) not in (dict, list, tuple, set, frozenset):  # Dynamo's guards fail on their missing __dict__
+        inside += getattr(value, "__dict__", {}).values()
+        inside += [getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)]
     if isinstance(value, dict):
         inside += value.values()
     elif isinstance(value, list | tuple | set | frozenset):
