@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 import fxreg
 from fxreg import calls, operators
+from fxreg.module import state_of
 
 from .models import CASES, build
 
@@ -316,3 +317,59 @@ def test_verification_leaves_no_trace() -> None:
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())  # type: ignore[arg-type]
     assert model.training
     assert not model.head.training
+
+
+class Overwriting(nn.Module):
+    """Writes, in evaluation, into what its gradient needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.body(x))
+        if not self.training:
+            y.mul_(2)
+        return y
+
+
+def test_a_mode_without_a_gradient_is_verified_as_far_as_it_goes() -> None:
+    model, x = Overwriting(), torch.randn(2, 4)
+    gm = fxreg.transform(model, RULES[0], example_inputs=(x,))
+    assert fxreg.explain(gm).verified
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gm.eval()(x).sum().backward()
+
+
+def test_a_gradient_where_the_model_has_none_is_rejected() -> None:
+    x = torch.randn(2, 4)
+    model = Overwriting()
+    gm = fxreg.transform(model, RULES[0], example_inputs=(x,))
+    evaluation = state_of(gm).others[0]
+    (written,) = (one for one in evaluation.graph.nodes if one.target == "mul_")
+    written.target = "mul"
+    evaluation.recompile()
+    with pytest.raises(fxreg.VerifyError, match="the emitted module does not fail"):
+        fxreg.verify(gm, model, (x,))
+
+
+def test_another_gradient_at_an_input_is_rejected() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + x
+
+    x = torch.randn(2, 4, requires_grad=True)
+    model = Detached()
+    gm = fxreg.transform(model, RULES[0], example_inputs=(x,))
+    assert fxreg.explain(gm).verified
+    assert x.grad is None
+    last = next(one for one in gm.graph.nodes if one.op == "call_function" and "add" in one.name)
+    with gm.graph.inserting_before(last):
+        last.replace_input_with(last.args[1], gm.graph.call_method("detach", (last.args[1],)))
+    gm.recompile()
+    with pytest.raises(fxreg.VerifyError, match="input 0"):
+        fxreg.verify(gm, model, (x,))
