@@ -128,7 +128,8 @@ class Listening(TorchFunctionMode):
                 with torch._C.DisableTorchFunction():
                     size = value.size(at)
                 fixed = self._recorder.fixed_shape(source, value)
-                if 0 <= part.stop <= (fixed[at] if fixed else self._writer.size(Origin(source), at, size)):
+                there = fixed[at] if fixed else self._writer.size(Origin(source), at, size)
+                if self._writer.follows(part.stop) and self._writer.follows(there) and 0 <= part.stop <= there:
                     node.meta.setdefault(FITS, set()).add(at)
 
     def _assume_count(self, name: str, args: Any, kwargs: Any, count: int) -> None:

@@ -278,6 +278,14 @@ class Writer:
                 return symbolic(self._computed[found])
         return symbolic(SizeNode(self, value, torch.Tensor.size, (origin, dim)))
 
+    def follows(self, size: Any) -> bool:
+        """Whether a size follows from those of arguments and state, so that what it is can be asked first."""
+        if isinstance(size, SYMBOLIC):
+            size = size.node
+        if isinstance(size, Origin):
+            return not size.steps and (size.node.op == "get_attr" or follows_from_sizes(size.node))
+        return not isinstance(size, SizeNode) or all(map(self.follows, size.operands))
+
     def number(self, node: fx.Node, value: int) -> Any:
         """What `item` gives, as a symbolic number: like a size, it is assumed only where its value is asked for."""
         size = SizeNode(self, value, torch.Tensor.item, (Origin(node.args[0]),))  # type: ignore[arg-type]
