@@ -1,6 +1,7 @@
 """Watching what a forward executes, for what leaves no other trace: instructions, calls of C functions, handlers."""
 
 import builtins
+import copy
 import dis
 import functools
 import gc
@@ -60,6 +61,7 @@ _QUESTIONS = {
 
 
 _HASH = torch.Tensor.__hash__.__code__
+_COPIES = copy._reconstruct.__code__  # type: ignore[attr-defined]  # what both kinds of copies end in
 _DISPATCH = functools.singledispatch(lambda value: value).__code__  # type: ignore[attr-defined]
 
 
@@ -93,6 +95,8 @@ def watched(recorder: Any) -> Iterator[None]:
                 recorder.give_up("dispatches by the type of a size")
             elif frame.f_code is _HASH and not recorder.writer.is_kept_tensor(frame.f_locals["self"]):
                 recorder.give_up("hashes a tensor")
+        elif event == "return" and recorder.thread and frame.f_code is _COPIES:
+            recorder.note_made(argument, is_new=True)
         elif event == "c_call" and recorder.thread and not _is_foreign(frame.f_globals.get("__name__", "")):
             reason = _asked(argument)
             if reason is not None:

@@ -140,9 +140,9 @@ class Recorder:
         elif id(module) not in self._made:
             self.give_up(f"{what}, which is none of the model's")
 
-    def note_made(self, value: Any) -> None:
-        """An object's `__init__` is about to run: it is the forward's own, if it has nothing yet."""
-        if not getattr(value, "__dict__", True):
+    def note_made(self, value: Any, is_new: bool = False) -> None:
+        """An object was copied, or its `__init__` is about to run: it is the forward's own, if it has nothing yet."""
+        if is_new or not getattr(value, "__dict__", True):
             self._own[id(value)] = value
 
     def watches_over(self, value: Any) -> bool:

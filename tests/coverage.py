@@ -86,13 +86,13 @@ def assert_unchanged_by(islands: Mapping[str, Any], model: nn.Module, reference:
     for training in (True, False):
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with with_islands(model, islands):
-            ours = _run(model.train(training), examples, names, lambda: 0.0)
+            ours = _run(model.train().train(training), examples, names, lambda: 0.0)
         if reference is model:
             after = {name: buffer.clone() for name, buffer in model.named_buffers()}
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
             ours = ours if isinstance(ours, RuntimeError) else (ours[0], after, ours[2])
-        theirs = _run(reference.train(training), examples, names, lambda: 0.0)
+        theirs = _run(reference.train().train(training), examples, names, lambda: 0.0)  # what evaluation kept is gone
         assert isinstance(ours, RuntimeError) == isinstance(theirs, RuntimeError)
         if isinstance(ours, RuntimeError) or isinstance(theirs, RuntimeError):
             continue

@@ -8,6 +8,7 @@ right, there is an `FxregError`.
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import enum
 import functools
@@ -809,6 +810,17 @@ class SeenInside(Net):
         seen = Length()
         seen.total = x.shape[0]
         return [self.fc(x) * one.total for one in (seen, seen) if seen.total]
+
+
+@case("an attribute of a copy")
+class OfCopy(Net):
+    def prepare(self) -> None:
+        self.length = Length()
+
+    def run(self, x: Tensor) -> Any:
+        mine = copy.deepcopy(self.length)
+        mine.total = x.shape[0]
+        return self.fc(x) * mine.total + self.length.total
 
 
 SHARED = Length()
