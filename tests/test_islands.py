@@ -363,6 +363,7 @@ def test_models_transformed_at_once_leave_everything_as_it_was() -> None:
     assert nn.Module.__call__ is _CALL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wav2vec2", "funnel", "flava", "prophetnet"])
 def test_islands_of_real_models_change_nothing(name: str) -> None:
     model, examples = ZOO[name].make()

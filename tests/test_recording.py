@@ -125,7 +125,7 @@ def assert_same(ours: Any, theirs: Any, where: str, exact: bool = True) -> None:
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
-        pytest.param(name, rule, id=f"{name}-{label}")
+        pytest.param(name, rule, id=f"{name}-{label}", marks=[] if rule is L1 else pytest.mark.slow)
         for name in CASES
         for label, rule in (("l1", L1), ("half", HALF))
         if rule is L1 or not name.startswith("size-")
