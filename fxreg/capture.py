@@ -1,5 +1,6 @@
 """capture: a module → its graph, as deep as it can be faithful. Mutates nothing."""
 
+import contextvars
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from .module import CHILD, RegularizedModule
 from .proxies import TracedValue, Untraceable
 from .side_channels import has_hooks
 from .staleness import remember
+from .structure import fresh, map_tensors
 from .tracing import SoundTracer
 
 
@@ -191,6 +193,12 @@ def split_examples(example_inputs: Examples) -> tuple[tuple[Any, ...], dict[str,
         f"example_inputs must be a tuple (positional) or a dict (keyword), got {type(example_inputs).__name__}. For "
         "one tensor, pass (tensor,)."
     )
+
+
+def run_examples(model: nn.Module, example_inputs: Examples) -> None:
+    """Call a model with copies of examples, in a context of its own."""
+    args, kwargs = map_tensors(fresh, split_examples(example_inputs))
+    contextvars.copy_context().run(model, *args, **kwargs)
 
 
 def _oddity(example: Any) -> str | None:

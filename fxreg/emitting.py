@@ -1,15 +1,12 @@
 """emit: what was lowered → the same, once it was compared with the model; without its recording where that is wrong."""
 
-import contextvars
-
 from torch import nn
 from torch.export import ExportedProgram
 
-from .capture import Examples, split_examples
+from .capture import Examples, run_examples
 from .lowering import lower
 from .module import RegularizedModule, mark_verified, state_of
 from .snapshots import borrowed
-from .structure import fresh, map_tensors
 from .verifying import verify
 
 
@@ -25,15 +22,10 @@ def verified(gm: RegularizedModule, model: nn.Module | ExportedProgram, example_
     if last is not gm:
         try:
             with borrowed(state.model):
-                _call(state.model, example_inputs)  # what a first call sets
+                run_examples(state.model, example_inputs)  # what a first call sets
                 verify(gm, model, example_inputs)
         except Exception as error:  # the model did more than was recorded
             plain = state.captured.chain[-1].instead(str(error))
             gm = lower(state.model, plain, state.provenance.plan, state.provenance.emit)
     mark_verified(state_of(gm))
     return gm
-
-
-def _call(model: nn.Module, example_inputs: Examples) -> None:
-    args, kwargs = map_tensors(fresh, split_examples(example_inputs))
-    contextvars.copy_context().run(model, *args, **kwargs)

@@ -5,14 +5,16 @@ import copy
 import dis
 import functools
 import gc
+import inspect
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from .scanning import context_name, is_library
 from .sizes import SYMBOLIC
@@ -21,9 +23,9 @@ _INSTRUCTIONS = {
     "STORE_GLOBAL": "writes the global variable",
     "DELETE_GLOBAL": "deletes the global variable",
 }
-_TYPE, _IDENTITY, _UNKNOWN = "asks for a type", "compares identities", object()
-_DICTIONARY = "looks into an object's dictionary"
-_SIZED = {"shape", "size", "numel", "nelement"}
+_TYPE, _IDENTITY = "asks for a type", "compares identities"
+_DICTIONARY, _WRITES = "looks into an object's dictionary", "writes the attribute"
+_UNKNOWN = object()
 _MENTIONS = {
     "manual_seed": "seeds a random generator",
     "fork_rng": "forks a random generator",
@@ -156,10 +158,15 @@ def _is_ours(error: BaseException) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
+def _instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
+    return tuple(dis.get_instructions(code))
+
+
+@functools.lru_cache(maxsize=4096)
 def _flagged(code: types.CodeType) -> dict[int, str]:
     """The offsets of the instructions that a graph cannot hold, and why."""
     found = {}
-    instructions = [*dis.get_instructions(code)]
+    instructions = _instructions(code)
     for position, instruction in enumerate(instructions):
         name, argument = instruction.opname, instruction.argval
         if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and argument in _MENTIONS:
@@ -174,55 +181,113 @@ def _flagged(code: types.CodeType) -> dict[int, str]:
         elif name == "STORE_DEREF" and argument in code.co_freevars:
             found[instruction.offset] = f"writes the variable {argument!r} of an enclosing function"
         elif name == "MATCH_CLASS":
-            found[instruction.offset] = _TYPE
+            found[instruction.offset] = "matches a class"
         elif name == "IS_OP" and instructions[position - 1].opname != "LOAD_CONST":
             found[instruction.offset] = _IDENTITY
-        elif name in ("STORE_ATTR", "DELETE_ATTR") and instructions[position - 1].opname not in (
-            "LOAD_ATTR",
-            "BINARY_SUBSCR",
-        ):
-            found[instruction.offset] = f"writes the attribute {argument!r} of something that is not its own"
+        elif name in ("STORE_ATTR", "DELETE_ATTR"):
+            found[instruction.offset] = f"{_WRITES} {argument!r} of something that is not its own"
         elif name in ("BEFORE_WITH", "BEFORE_ASYNC_WITH"):
-            found[instruction.offset] = f"enters {context_name(instructions[:position])}"
+            found[instruction.offset] = f"enters {context_name([*instructions[:position]])}"
     return found
 
 
 def _matters(reason: str, frame: types.FrameType, recorder: Any) -> bool:
     """Whether what is asked may be asked of something that a recording replaces: sizes, aliases, veiled objects."""
-    if reason == _TYPE:
-        return any(type(value) in SYMBOLIC for value in frame.f_locals.values()) or _asks_type_of_size(frame.f_code)
     if reason == _DICTIONARY:  # a flag read or written past its property
         return "training" in (*frame.f_code.co_names, *frame.f_code.co_consts)
+    if reason == _TYPE:
+        value = _Stack(frame).typed()
+        return value is _UNKNOWN or type(value) in SYMBOLIC
     if reason == _IDENTITY:
-        value = _operand(frame)
-        return value is _UNKNOWN or recorder.writer.veils or type(value) in SYMBOLIC or isinstance(value, torch.Tensor)
-    if (written := _written(frame.f_code).get(frame.f_lasti)) is not None:
-        return not recorder.watches_over(frame.f_locals.get(written))
+        value = _Stack(frame).top()
+        replaced = isinstance(value, torch.Tensor | int | float) or type(value) in SYMBOLIC
+        return value is _UNKNOWN or replaced or recorder.writer.veils
+    if reason.startswith(_WRITES):
+        value = _Stack(frame).written()
+        return value is _UNKNOWN or not recorder.watches_over(value)
     return True
 
 
-@functools.lru_cache(maxsize=4096)
-def _asks_type_of_size(code: types.CodeType) -> bool:
-    """Whether a line of the code has both a type and a size in it."""
-    lines: dict[int | None, set[str]] = {}
-    for instruction in dis.get_instructions(code):
-        line = instruction.positions.lineno if instruction.positions else None
-        lines.setdefault(line, set()).add(str(instruction.argval))
-    return any("type" in names and not _SIZED.isdisjoint(names) for names in lines.values())
+class _Stack:
+    """What a frame has loaded, as far as that are variables, and attributes and items that nothing computes."""
+
+    def __init__(self, frame: types.FrameType) -> None:
+        self.frame = frame
+        self.instructions = _instructions(frame.f_code)
+        self.position = next(i for i, one in enumerate(self.instructions) if one.offset == frame.f_lasti)
+
+    def top(self) -> Any:
+        """What was loaded last."""
+        return self._loaded(self.position - 1)[0]
+
+    def typed(self) -> Any:
+        """Whose type is asked for, by `value.__class__` or `type(value)`."""
+        if self.instructions[self.position].argval == "__class__":
+            return self.top()
+        first = end = self.position + 1
+        while self.instructions[end].opname in _LOADS:
+            end += 1
+        value, start = self._loaded(end - 1)
+        is_argument = start == first and self.instructions[end].opname in ("PRECALL", "CALL")
+        return value if is_argument and self.instructions[end].arg == 1 else _UNKNOWN
+
+    def written(self) -> Any:
+        """Whose attribute is written, by `value.name = 1`, `value.name += 1` or `del value.name`."""
+        name, last = self.instructions[self.position].argval, self.position - 1
+        if self.instructions[last].opname == "SWAP":  # the owner, a copy of it, its attribute, and what is added
+            read = next(
+                (i for i in range(last, 1, -1) if _is_read_of_copy(self.instructions[i - 1 : i + 1], name)), None
+            )
+            return self._loaded(read - 2)[0] if read is not None else _UNKNOWN
+        return self._loaded(last)[0]
+
+    def _loaded(self, position: int) -> tuple[Any, int]:
+        """What the instructions up to a position have loaded, and where they start."""
+        instruction = self.instructions[position]
+        match instruction.opname:
+            case "LOAD_CONST":
+                return instruction.argval, position
+            case "LOAD_FAST" | "LOAD_DEREF":
+                return self.frame.f_locals.get(instruction.argval, _UNKNOWN), position
+            case "LOAD_GLOBAL" | "LOAD_NAME":
+                spaces = (self.frame.f_locals, self.frame.f_globals, vars(builtins))
+                found = (space[instruction.argval] for space in spaces if instruction.argval in space)
+                return next(found, _UNKNOWN), position
+            case "LOAD_ATTR":
+                owner, start = self._loaded(position - 1)
+                return _plain_attribute(owner, instruction.argval), start
+            case "BINARY_SUBSCR":
+                index, start = self._loaded(position - 1)
+                values, start = self._loaded(start - 1)
+                return _plain_item(values, index), start
+        return _UNKNOWN, position
 
 
-def _operand(frame: types.FrameType) -> Any:
-    """What was loaded last, if that can be told."""
-    before = None
-    for instruction in dis.get_instructions(frame.f_code):
-        if instruction.offset == frame.f_lasti:
-            break
-        before = instruction
-    if before is None or not before.opname.startswith("LOAD_") or before.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+_LOADS = {"LOAD_CONST", "LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "BINARY_SUBSCR"}
+
+
+def _plain_attribute(owner: Any, name: str) -> Any:
+    """An attribute that is there, without running anybody's code for it."""
+    if isinstance(owner, nn.Module):
+        for kept in (owner._modules, owner._parameters, owner._buffers):
+            if name in kept:
+                return kept[name]
+    value = inspect.getattr_static(owner, name, _UNKNOWN)
+    return _UNKNOWN if hasattr(type(value), "__get__") and not isinstance(value, type) else value
+
+
+def _plain_item(values: Any, index: Any) -> Any:
+    if type(values) in (nn.ModuleList, nn.Sequential) and type(index) is int:
+        values = [*values._modules.values()]
+    try:
+        return values[index] if type(values) in (list, tuple, dict) else _UNKNOWN
+    except (LookupError, TypeError):
         return _UNKNOWN
-    name = before.argval
-    spaces = (frame.f_globals, vars(builtins)) if before.opname == "LOAD_GLOBAL" else (frame.f_locals,)
-    return next((space[name] for space in spaces if name in space), _UNKNOWN)
+
+
+def _is_read_of_copy(pair: Sequence[dis.Instruction], name: str) -> bool:
+    copied, read = pair
+    return (copied.opname, read.opname, read.argval) == ("COPY", "LOAD_ATTR", name)
 
 
 def _is_of_builtins(before: dis.Instruction) -> bool:
@@ -230,33 +295,11 @@ def _is_of_builtins(before: dis.Instruction) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _written(code: types.CodeType) -> dict[int, str]:
-    """The offsets where an attribute of a variable is written, `x.a = 1` or `x.a += 1`, and the variable's name."""
-    found = {}
-    instructions = [*dis.get_instructions(code)]
-    for position, instruction in enumerate(instructions):
-        if instruction.opname not in ("STORE_ATTR", "DELETE_ATTR"):
-            continue
-        owner = instructions[position - 1]
-        if owner.opname == "SWAP":  # x, a copy of it, its a, what is added, and x on top again
-            read = position - 1
-            while read > 2 and (instructions[read].opname, instructions[read].argval) != (
-                "LOAD_ATTR",
-                instruction.argval,
-            ):
-                read -= 1
-            owner = instructions[read - 2] if instructions[read - 1].opname == "COPY" else owner
-        if owner.opname in ("LOAD_FAST", "LOAD_DEREF"):
-            found[instruction.offset] = str(owner.argval)
-    return found
-
-
-@functools.lru_cache(maxsize=4096)
 def _catching(code: types.CodeType) -> tuple[tuple[int, int], ...]:
     """The offsets from which an error goes to an `except`; a `finally` passes it on."""
     if not code.co_exceptiontable:
         return ()
-    instructions = {one.offset: one.opname for one in dis.get_instructions(code)}
+    instructions = {one.offset: one.opname for one in _instructions(code)}
     found = []
     for entry in dis._parse_exception_table(code):  # type: ignore[attr-defined]
         handler = [name for offset, name in instructions.items() if offset >= entry.target]

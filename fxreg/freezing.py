@@ -46,11 +46,9 @@ def _frozen(value: Any, around: tuple[int, ...]) -> Any:
         case enum.Enum():
             return (_name(kind), value.name)
         case types.FunctionType():
-            code = value.__code__
-            return ("function", code.co_qualname, code.co_code, code.co_names, each(code.co_consts),
-                    each(enclosed(value)), each(defaults(value)))  # fmt: skip
+            return ("function", *each((value.__code__, enclosed(value), defaults(value))))
         case types.CodeType():
-            return ("code", value.co_qualname, value.co_code, value.co_names)
+            return ("code", value.co_qualname, value.co_code, value.co_names, each(value.co_consts))
         case types.MethodType():
             return ("method", *each((value.__func__, value.__self__)))
         case functools.partial():

@@ -6,7 +6,6 @@ that it got when the model ran on its examples, and verified alone, hooks apart:
 """
 
 import collections
-import contextvars
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 
-from .capture import Examples, Given, capture, split_examples, visible_layers
+from .capture import Examples, Given, capture, run_examples, visible_layers
 from .captured import Captured
 from .emitting import verified
 from .hidden_uses import leads_to
@@ -65,7 +64,7 @@ def islands(model: nn.Module, captured: Captured, example_inputs: Examples) -> d
 
 
 def _whole(captured: Captured) -> Iterable[str]:
-    """The paths of the modules that run as they are, where not even the last resort is called for."""
+    """The paths of the modules that run as they are; in the graphs before the last, which is for calls unlike these."""
     chain = captured.chain
     return dict.fromkeys(path for one in chain[:-1] or chain for path in one.opaque)
 
@@ -82,8 +81,7 @@ def _observed(model: nn.Module, modules: Collection[nn.Module], example_inputs: 
 
     for training in (True, False):
         with borrowed(model, training=training), _noting_calls(note), suppress(Exception):  # what came before it counts
-            args, kwargs = map_tensors(fresh, split_examples(example_inputs))
-            contextvars.copy_context().run(model, *args, **kwargs)
+            run_examples(model, example_inputs)
     return calls
 
 

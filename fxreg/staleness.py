@@ -9,9 +9,7 @@ from torch import fx, nn
 from .errors import CaptureError
 from .freezing import frozen
 from .side_channels import HOOKS
-from .structure import alike
-
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+from .structure import PLAIN, alike
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def remember(
     for (_, path, name), value in reads:
         if id(value) not in objects:
             values.setdefault(path, {})[name] = frozen(value)
-            if not isinstance(value, _PLAIN):
+            if not isinstance(value, PLAIN):
                 objects.add(id(value))
     return tuple(
         Remembered(

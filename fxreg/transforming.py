@@ -82,8 +82,7 @@ def transform(
     if example_inputs is not None:
         gm = verified(gm, model, example_inputs)
         state = state_of(gm)
-        if captured.otherwise is not None or captured.opaque:
-            vars(state)["islands"] = islands(root, state.captured, example_inputs)
+        vars(state)["islands"] = islands(root, state.captured, example_inputs)
     watch(gm)
     return gm
 

@@ -786,6 +786,29 @@ class ManyKinds(Net):
         return y * self.pair[1] * self.small.values[0]
 
 
+def outer(y: Tensor) -> Any:
+    return next(map(lambda one: one * 2.0, [y]))  # noqa: C417  a function with one inside
+
+
+def trebling(function: Any) -> Any:
+    """The function, with a 3 where an inner one has a 2."""
+
+    def of(code: Any) -> Any:
+        consts = (of(one) if isinstance(one, types.CodeType) else 3.0 if one == 2.0 else one for one in code.co_consts)
+        return code.replace(co_consts=tuple(consts))
+
+    return types.FunctionType(of(function.__code__), globals())
+
+
+@attack("a function that differs in a constant of an inner one", later=lambda: (set_to(act=trebling(outer)),))
+class InnerConstant(Net):
+    def prepare(self) -> None:
+        self.act = outer
+
+    def run(self, x: Tensor) -> Any:
+        return self.act(self.fc(x))
+
+
 class Counting(dict[str, float]):
     def __init__(self, **values: float) -> None:
         super().__init__(**values)
@@ -820,12 +843,18 @@ class Holding:
     n = 0
     log: list[int] = []  # noqa: RUF012
     inner = Small(0.0)
+    listed = (Small(0.0),)
+
+
+def held() -> Any:
+    return Holding.inner
 
 
 def forgetting(called: nn.Module, model: Any) -> Any:
     uncounted.calls = Holding.n = 0  # type: ignore[attr-defined]
-    Holding.inner.values = [0.0]
-    return called(ONES), uncounted.calls, Holding.n, len(Holding.inner.values)  # type: ignore[attr-defined]
+    Holding.inner.values, Holding.listed[0].values = [0.0], [0.0]
+    y = called(ONES)
+    return y, uncounted.calls, Holding.n, Holding.inner.values, Holding.listed[0].values  # type: ignore[attr-defined]
 
 
 @attack("an attribute of a function, under another name", later=lambda: (forgetting,))
@@ -861,10 +890,30 @@ class OnHeld(Net):
         return self.fc(x)
 
 
+@attack("an object that a class holds, by its whole name", later=lambda: (forgetting,))
+class OnHeldByName(Net):
+    def run(self, x: Tensor) -> Any:
+        Holding.inner.values = [*Holding.inner.values, 1.0]
+        return self.fc(x)
+
+
+@attack("an object in a class's list", later=lambda: (forgetting,))
+class OnListed(Net):
+    def run(self, x: Tensor) -> Any:
+        Holding.listed[0].values += [1.0]
+        return self.fc(x)
+
+
+@attack("an object that a function gives", later=lambda: (forgetting,))
+class OnGiven(Net):
+    def run(self, x: Tensor) -> Any:
+        held().values += [1.0]
+        return self.fc(x)
+
+
 @attack(
     "a list of the model's class",
     later=lambda: (lambda called, model: (model.log.clear(), called(ONES), len(model.log)),),
-    state=lambda model: len(model.log) % 1,
 )
 class OnOwnClass(Net):
     log: list[int] = []  # noqa: RUF012
@@ -882,6 +931,44 @@ class ClassOfSize(Net):
     def run(self, x: Tensor) -> Any:
         n = x.shape[0]
         return self.fc(x) * (2 if n.__class__ is int and n > 4 else 1)
+
+
+@attack("the class of a size, in one expression", later=lambda: (batch(6),))
+class ClassOfSizeAtOnce(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * (2 if x.shape[0].__class__ is int and x.shape[0] > 4 else 1)
+
+
+def length(x: Tensor) -> Any:
+    return x.shape[0]
+
+
+@attack("the type of a size that a function gives", later=lambda: (batch(6),))
+class TypeOfLength(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * (2 if type(length(x)) is int and length(x) > 4 else 1)
+
+
+@attack("the types of sizes, by a function", later=lambda: (batch(6),))
+class TypesOfSizes(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * (2 if [*map(type, x.shape)] == [int, int] and len(x) > 4 else 1)
+
+
+@attack("a size matched with a class", later=lambda: (batch(6),))
+class SizeMatched(Net):
+    def run(self, x: Tensor) -> Any:
+        match x.shape[0]:
+            case int(n) if n > 4:
+                return self.fc(x) * 2
+        return self.fc(x)
+
+
+@attack("the identity of a size", later=lambda: (batch(6),))
+class SizeIsNumber(Net):
+    def run(self, x: Tensor) -> Any:
+        six = 6
+        return self.fc(x) * (2 if x.shape[0] is six else 1)
 
 
 @functools.singledispatch

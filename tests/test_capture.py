@@ -8,6 +8,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import enum
 import functools
 import itertools
 import math
@@ -702,3 +703,63 @@ def test_a_change_that_a_whole_module_sees_through_a_reference_to_its_parent_is_
     model, x = nn.Sequential(_Switching(), nn.Linear(3, 1)), torch.randn(2, 3)
     expected = model(x)
     assert torch.equal(fxreg.transform(model, L1)(x), expected)
+
+
+class Scale(enum.Enum):
+    ONE = 1.0
+    TWO = 2.0
+
+
+class _Defaults(nn.Module):
+    """Has defaults that a graph's code cannot say, and a required argument after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, scale: Scale = Scale.ONE, sizes: Any = [1], *, mask: Tensor) -> Tensor:  # noqa: B006
+        return self.linear(x) * scale.value * len(sizes) * mask
+
+
+ROW = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("examples", "left_out"),
+    [
+        ({"x": ROW, "scale": Scale.TWO, "mask": ROW}, "scale"),
+        ({"x": ROW, "sizes": [1, 2], "mask": ROW}, "sizes"),
+        ({"x": ROW, "mask": ROW}, "mask"),
+    ],
+)
+def test_an_argument_whose_default_no_code_can_say_must_be_passed(examples: dict[str, Any], left_out: str) -> None:
+    model = _Defaults()
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    torch.testing.assert_close(gm(**examples), model(**examples), rtol=0, atol=0)
+    with pytest.raises(fxreg.CaptureError, match=f"{left_out!r} was left out"):
+        gm(**{name: value for name, value in examples.items() if name != left_out})
+
+
+def counting(forward: Any) -> Any:
+    """A decorator that sees how it is called."""
+
+    @functools.wraps(forward)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs) * (1 + len(args) + 10 * len(kwargs))
+
+    return counted
+
+
+class _Decorated(nn.Linear):
+    @counting
+    def forward(self, x: Tensor, y: Any = None) -> Any:
+        return super().forward(x) + (0.0 if y is None else y)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"), [((ROW,), {}), ((), {"x": ROW}), ((ROW, ROW), {}), ((), {"x": ROW, "y": ROW})]
+)
+def test_the_forward_is_called_as_the_examples_say(args: Any, kwargs: Any) -> None:
+    model = _Decorated(3, 3)
+    gm = fxreg.transform(model, L1, example_inputs=args or kwargs)
+    torch.testing.assert_close(gm(*args, **kwargs), model(*args, **kwargs), rtol=0, atol=0)

@@ -6,6 +6,7 @@ The reference is the original model, built a second time from the same seed, wit
 import copy
 import dataclasses
 import gc
+import logging
 import pickle
 import random
 import time
@@ -21,8 +22,9 @@ from fxreg.capture import capture
 from fxreg.module import state_of
 from fxreg.structure import tensors
 
-from .attacks import ATTACKS
-from .recorded import CASES, AskedKind, ByMode, Case, Net, NoneSometimes, Parts, Records, ValueBranch
+from . import recorded
+from .attacks import ATTACKS, OnOwnClass
+from .recorded import CASES, AskedKind, ByMode, Case, GlobalCounter, Net, NoneSometimes, Parts, Records, ValueBranch
 
 pytestmark = [
     # Of Dynamo looking at its inputs after a graph break.
@@ -373,6 +375,62 @@ def test_transform_leaves_the_model_as_it_was() -> None:
     assert [m.training for m in model.modules()] == [m.training for m in twin.modules()]
     assert_same(dict(model.state_dict()), dict(twin.state_dict()), "state")
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_transform_leaves_globals_and_classes_as_they_were() -> None:
+    before, OnOwnClass.log = recorded.SHARED.total, []
+    emitted(GlobalCounter)
+    emitted(OnOwnClass)
+    assert recorded.SHARED.total == before
+    assert OnOwnClass.log == []
+
+
+class Strict(logging.Logger):
+    """A logger that counts what it is asked."""
+
+    asked = 0
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802  logging's name
+        self.asked += 1
+        return super().isEnabledFor(level)
+
+
+STRICT = Strict("strict", logging.WARNING)
+
+
+class LoggedByOther(Net):
+    def run(self, x: Tensor) -> Any:
+        STRICT.info("not shown")
+        return self.fc(x) * STRICT.asked
+
+
+def test_a_logger_of_another_class_is_an_object_like_any() -> None:
+    STRICT.asked = 0
+    model, gm = emitted(LoggedByOther)
+    assert STRICT.asked == 0
+    assert not is_recorded(gm)
+    for k in (1, 2):
+        assert torch.equal(gm(ONES), model.fc(ONES) * k)
+
+
+class SetByTrain(Net):
+    factor = 2.0
+
+    def train(self, mode: bool = True) -> Any:
+        self.factor = 2.0 if mode else 3.0
+        return super().train(mode)
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * self.factor
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_train_sets_is_followed(is_compiled: bool) -> None:
+    model, gm = emitted(SetByTrain)
+    called = torch.compile(gm, backend="eager") if is_compiled else gm
+    for training in (True, False, True):
+        gm.train(training)
+        assert_same(called(ONES), model.fc(ONES) * (2.0 if training else 3.0), f"training={training}")
 
 
 @pytest.mark.parametrize("make", [Parts, ByMode])
