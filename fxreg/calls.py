@@ -165,7 +165,8 @@ def expect_assumed(state: Any, arguments: list[Any], which: int = 0) -> None:
 
 def expect_same(value: Any, expected: Any, what: str) -> None:
     """An error unless a number is what it was when the model was captured, where a forward asked for it."""
-    if value != expected:
+    # Truth values are branched on, not compared: Dynamo's symbolic ones cannot be.
+    if (bool(value) is not expected) if isinstance(expected, bool) else value != expected:
         raise CaptureError(
             f"the forward asks for {what}, which was {expected!r} when the model was captured and is {value!r} now. "
             "Capture it with example_inputs= of the kind you call it with."

@@ -3,7 +3,7 @@
 import contextvars
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -76,9 +76,7 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
     )
     if recorded is None or len(visible_layers(model, recorded.graph)) <= len(visible_layers(model, captured.graph)):
         return captured
-    if recorded.otherwise is not None:
-        captured = replace(recorded.otherwise, otherwise=captured)
-    return replace(recorded, otherwise=captured)
+    return recorded.before(captured)
 
 
 def visible_layers(model: nn.Module, graph: fx.Graph) -> set[str]:

@@ -8,7 +8,7 @@ import collections
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import fx, nn
@@ -17,8 +17,11 @@ from torch._C import _are_functorch_transforms_active  # private: no public way 
 from .errors import CaptureError
 from .freezing import frozen
 from .graphs import as_function, read, written
-from .staleness import Remembered, check_unchanged
+from .staleness import Remembered, check_guarded, check_unchanged
 from .structure import PLAIN, alike, likeness, tensors
+
+Way: TypeAlias = Literal["eager", "compiled", "traced"]
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,28 @@ class Captured:
         """What is tried in turn. The last one assumes nothing."""
         return (self, *(self.otherwise.chain if self.otherwise else ()))
 
+    def holds_in(self, ways: tuple[Way, ...]) -> bool:
+        """Whether it holds in all of these ways to run."""
+        return self.assumed is None or set(ways) <= set(self.assumed.ways)
+
+    def in_ways(self, ways: tuple[Way, ...]) -> "Captured":
+        """The same chain, for these ways to run where it depends on the way."""
+        otherwise = self.otherwise and self.otherwise.in_ways(ways)
+        if self.assumed is None or self.holds_in(WAYS):
+            return replace(self, otherwise=otherwise)
+        return replace(self, assumed=replace(self.assumed, ways=ways), otherwise=otherwise)
+
+    def without_compiled(self) -> "Captured":
+        """The same chain, without what was recorded for compiled code."""
+        if self.assumed is None or self.otherwise is None:
+            return self
+        otherwise, ways = self.otherwise.without_compiled(), tuple(one for one in self.assumed.ways if one == "eager")
+        return replace(self, assumed=replace(self.assumed, ways=ways), otherwise=otherwise) if ways else otherwise
+
+    def before(self, last: "Captured") -> "Captured":
+        """The same chain, and behind it another."""
+        return replace(self, otherwise=self.otherwise.before(last) if self.otherwise else last)
+
     @property
     def needs_model(self) -> bool:
         """Whether the original model's own forward may run."""
@@ -52,7 +77,8 @@ class Captured:
     def is_stale(self, model: nn.Module, children: Mapping[str, Any]) -> bool:
         """Whether what the graph holds as it was is no longer so."""
         try:
-            check_unchanged(model, self.remembered, children)
+            check = check_guarded if torch.compiler.is_compiling() else check_unchanged
+            check(model, self.remembered, children)
         except CaptureError:
             return True
         return False
@@ -124,6 +150,13 @@ def settled(model: nn.Module, changes: Iterable[tuple[int, str, Any]]) -> tuple[
     return tuple(found)
 
 
+def way() -> Way:
+    """How the running code runs, as it can find out by asking."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
+        return "traced"
+    return "compiled" if torch.compiler.is_compiling() else "eager"
+
+
 @dataclass(frozen=True)
 class Assumed:
     """What held when a forward was recorded.
@@ -135,7 +168,7 @@ class Assumed:
         kinds: data types and devices, and autocast, if the forward asked for any.
         questions: a graph from the arguments to what else was asked of them.
         answers: what it gave.
-        is_eager: whether the forward asked if it was being compiled.
+        ways: the ways to run for which it holds.
         asks_values: whether it computes with values, and not with sizes alone.
         kept: objects that the graph refers to, by name.
         settled: what a first call of the model sets for good.
@@ -147,7 +180,7 @@ class Assumed:
     kinds: tuple[Any, ...] | None
     questions: fx.Graph
     answers: tuple[Any, ...]
-    is_eager: bool
+    ways: tuple[Way, ...]
     asks_values: bool
     kept: Mapping[str, Any]
     settled: tuple[Settled, ...] = ()
@@ -165,7 +198,7 @@ class Assumed:
 
     def holds(self, model: nn.Module, arguments: tuple[Any, ...]) -> bool:
         """Whether it does, for a call of the model with these arguments."""
-        if tuple(map(likeness, arguments)) != self.arguments:
+        if way() not in self.ways or tuple(map(likeness, arguments)) != self.arguments:
             return False
         for one in self.settled:
             if not one.holds(model):
@@ -178,10 +211,16 @@ class Assumed:
                 return False
         if self.kinds is not None and kinds_of(model, arguments) != self.kinds:
             return False
-        if self.is_eager and torch.compiler.is_compiling():
+        if self.asks_values and _are_functorch_transforms_active():
             return False
-        if self.asks_values and (torch.compiler.is_compiling() or _are_functorch_transforms_active()):
-            return False
+        return self._answers_eagerly(arguments) if self.asks_values else self._answers(arguments)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _answers_eagerly(self, arguments: tuple[Any, ...]) -> bool:
+        """A model that looks at values breaks Dynamo's graph. So does this, once for all of them."""
+        return self._answers(arguments)
+
+    def _answers(self, arguments: tuple[Any, ...]) -> bool:
         try:
             answers = self.ask(*arguments) if self.answers else ()
         except Exception:  # `len(x) > 3 and x[3] > 0` is two questions, and here both are asked

@@ -7,14 +7,16 @@ differ between training and evaluation, one graph holds both; where more does, e
 
 import contextvars
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from .captured import Assumed, Captured, Settled, joined, kinds_of, settled
+from .captured import WAYS, Assumed, Captured, Settled, joined, kinds_of, settled, way
 from .freezing import frozen
+from .interception import as_if_compiled
 from .layers import described
 from .merging import differing, merged
 from .module import CHILD
@@ -51,6 +53,18 @@ def deepen(
     """
     if iterator_kept(model) is not None:
         return None
+    recorded = _recorded(model, place, arguments, call)
+    if recorded is None or _sets_more_than_modes(model) or all(one.holds_in(WAYS) for one in recorded.chain):
+        return recorded
+    compiled = None
+    with as_if_compiled(), suppress(Exception):  # there it may fail, whatever it does elsewhere
+        compiled = _recorded(model, place, arguments, call)
+    if compiled is None:
+        return recorded
+    return recorded.in_ways(("eager", "compiled")) if _alike(recorded, compiled) else recorded.before(compiled)
+
+
+def _recorded(model: nn.Module, place: Any, arguments: dict[str, Any], call: Any) -> Captured | None:
     forced: dict[str, str] = {}
     for _ in range(_TRIES):
         try:
@@ -72,6 +86,7 @@ class _Session:
         self.also = global_objects(model)
         self.watches = False
         self.settled = self._settle()
+        self.sets_more = _sets_more_than_modes(model)
 
     def recorded(self) -> Captured:
         first, other = self._recorded_twice(training=True), self._run(training=False)
@@ -81,7 +96,7 @@ class _Session:
         if found and not any(self._has_parameters(path) for path in found):
             raise _Again(dict.fromkeys(found, "does other things in training than in evaluation"))
         other = self._recorded_twice(training=False)
-        return replace(self._captured(first, first, training=True), otherwise=self._captured(other, other, False))
+        return self._captured(first, first, training=True).before(self._captured(other, other, training=False))
 
     def _recorded_twice(self, training: bool) -> Recorder:
         one, again = self._run(training), self._run(training)
@@ -92,6 +107,10 @@ class _Session:
         if not alike(one.writer.kept, again.writer.kept):
             raise _Again({"": "returns an object that differs from one call to the next"})
         return one
+
+    def _follows_way(self, *recorders: Recorder) -> bool:
+        asks = any(one.asked.way for one in recorders) or torch.compiler.is_compiling()  # as it is to think
+        return asks or self.sets_more
 
     def _has_parameters(self, path: str) -> bool:
         return next(self.model.get_submodule(path).parameters(), None) is not None
@@ -117,7 +136,7 @@ class _Session:
             kinds=kinds_of(self.model, values) if first.asked.kinds or other.asked.kinds else None,
             questions=questions,
             answers=answers,
-            is_eager=first.asked.compiling or other.asked.compiling or _sets_more_than_modes(self.model),
+            ways=(way(),) if self._follows_way(first, other) else WAYS,
             asks_values=any(takes_values for _, _, takes_values in asked),
             kept=kept,
             settled=(*self.settled, *facts),
@@ -174,8 +193,35 @@ class _Session:
 
 
 def _sets_more_than_modes(model: nn.Module) -> bool:
-    """Whether `train` of a class of the user's may also set what compiled code does not compare."""
-    return any(type(module).train is not nn.Module.train for module in model.modules())
+    """Whether `train` of a class of the user's also sets what compiled code does not compare."""
+    if all(type(module).train is nn.Module.train for module in model.modules()):
+        return False
+    with borrowed(model, training=True):
+        before = Snapshot(model.modules(), also=global_objects(model))
+        for mode in (False, True):
+            model.train(mode)
+            changes = before.settling()
+            if changes is None or any(name != "training" for _, name, _ in changes):
+                return True
+    return False
+
+
+def _alike(one: Captured, other: Captured) -> bool:
+    """Whether two chains of recordings hold the same, in whichever way."""
+    return len(one.chain) == len(other.chain) and all(map(_are_alike, one.chain, other.chain))
+
+
+def _are_alike(one: Captured, other: Captured) -> bool:
+    mine, theirs = one.assumed, other.assumed
+    assert mine is not None
+    assert theirs is not None
+    return (
+        one.opaque.keys() == other.opaque.keys()
+        and replace(mine, ways=WAYS, kept={}, questions=theirs.questions) == replace(theirs, ways=WAYS, kept={})
+        and alike(mine.kept, theirs.kept)
+        and not differing(mine.questions, theirs.questions, numbers=True)
+        and not differing(one.graph, other.graph, numbers=True)
+    )
 
 
 def _differing(one: Recorder, other: Recorder, numbers: bool) -> set[str]:

@@ -4,6 +4,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .capture import Examples, run_examples
+from .captured import WAYS, Captured
+from .interception import as_if_compiled
 from .lowering import lower
 from .module import RegularizedModule, mark_verified, state_of
 from .snapshots import borrowed
@@ -19,13 +21,29 @@ def verified(gm: RegularizedModule, model: nn.Module | ExportedProgram, example_
     state = state_of(gm)
     *_, last = gm, *state.others
     verify(last, model, example_inputs)
-    if last is not gm:
-        try:
-            with borrowed(state.model):
-                run_examples(state.model, example_inputs)  # what a first call sets
-                verify(gm, model, example_inputs)
-        except Exception as error:  # the model did more than was recorded
-            plain = state.captured.chain[-1].instead(str(error))
-            gm = lower(state.model, plain, state.provenance.plan, state.provenance.emit)
+    if last is not gm and (difference := _difference(gm, model, example_inputs)):
+        gm = _lowered_again(gm, state.captured.chain[-1].instead(difference))
+    if not all(one.holds_in(WAYS) for one in state_of(gm).captured.chain):
+        with as_if_compiled():
+            difference = _difference(gm, model, example_inputs)
+        if difference:
+            gm = _lowered_again(gm, state_of(gm).captured.without_compiled())
     mark_verified(state_of(gm))
     return gm
+
+
+def _difference(gm: RegularizedModule, model: nn.Module | ExportedProgram, example_inputs: Examples) -> str | None:
+    """What the model does and its recordings do not, after a first call, which may set something."""
+    state = state_of(gm)
+    try:
+        with borrowed(state.model):
+            run_examples(state.model, example_inputs)
+            verify(gm, model, example_inputs)
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def _lowered_again(gm: RegularizedModule, captured: Captured) -> RegularizedModule:
+    state = state_of(gm)
+    return lower(state.model, captured, state.provenance.plan, state.provenance.emit)

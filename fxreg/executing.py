@@ -39,13 +39,8 @@ _MENTIONS = {
     "Thread": "starts a thread",
     "ThreadPoolExecutor": "starts a thread",
 }
-_COMPILING = {
-    function.__code__
-    for function in (
-        torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting,
-        torch.jit.is_tracing,  # type: ignore[attr-defined]
-    )
-}  # fmt: skip
+_COMPILING = {torch.compiler.is_compiling.__code__, torch.compiler.is_dynamo_compiling.__code__}
+_TRACING = {torch.compiler.is_exporting.__code__, torch.jit.is_tracing.__code__}  # type: ignore[attr-defined]
 _QUESTIONS = {
     id: "asks for an identity",
     hash: "hashes a value",
@@ -91,8 +86,8 @@ def watched(recorder: Any) -> Iterator[None]:
 
     def call(frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "call" and recorder.thread:
-            if frame.f_code in _COMPILING:
-                recorder.asked.compiling = True
+            if frame.f_code in _COMPILING or frame.f_code in _TRACING:
+                recorder.note_asked_way(frame.f_code in _COMPILING)
             elif frame.f_code is _DISPATCH and any(type(one) in SYMBOLIC for one in frame.f_locals["args"]):
                 recorder.give_up("dispatches by the type of a size")
             elif frame.f_code is _HASH and not recorder.writer.is_kept_tensor(frame.f_locals["self"]):

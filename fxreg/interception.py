@@ -1,5 +1,6 @@
 """Routing what a forward does to the tracer: module calls, attribute reads, torch calls, autograd Functions."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,28 @@ def intercepted(tracer: Any) -> Iterator[None]:
                 else:
                     setattr(owner, name, original)
             torch._C._set_grad_enabled(True)  # a forward that failed may have left it off
+
+
+@contextmanager
+def as_if_compiled() -> Iterator[None]:
+    """Answer this thread as Dynamo does when something asks whether it is being compiled."""
+    owners = [(torch.compiler, "is_compiling"), (torch.compiler, "is_dynamo_compiling"), (torch._utils, "is_compiling")]
+    if dynamo := sys.modules.get("torch._dynamo"):
+        owners += [(dynamo, "is_compiling"), (dynamo.external_utils, "is_compiling")]
+    thread = threading.get_ident()
+
+    def answering(original: Callable[[], bool]) -> Callable[[], bool]:
+        return lambda: threading.get_ident() == thread or original()
+
+    with lock:
+        originals = [(owner, name, vars(owner)[name]) for owner, name in owners]
+        try:
+            for owner, name, original in originals:
+                setattr(owner, name, answering(original))
+            yield
+        finally:
+            for owner, name, original in originals:
+                setattr(owner, name, original)
 
 
 def _ours(tracer: Any) -> bool:

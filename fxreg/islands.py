@@ -64,9 +64,10 @@ def islands(model: nn.Module, captured: Captured, example_inputs: Examples) -> d
 
 
 def _whole(captured: Captured) -> Iterable[str]:
-    """The paths of the modules that run as they are; in the graphs before the last, which is for calls unlike these."""
+    """The paths of the modules that run as they are in such calls; the last graph of several is for others."""
     chain = captured.chain
-    return dict.fromkeys(path for one in chain[:-1] or chain for path in one.opaque)
+    found = [one for one in chain[:-1] if one.holds_in(("eager",))]
+    return dict.fromkeys(path for one in found or chain[-1:] for path in one.opaque)
 
 
 def _observed(model: nn.Module, modules: Collection[nn.Module], example_inputs: Examples) -> _Calls:

@@ -78,6 +78,8 @@ class State(nn.Module):
     ) -> None:
         super().__init__()
         vars(self).update(_model=model, others=(), islands={})
+        # Dynamo cannot look at a child that is compiled by itself in two places.
+        self.traceable = tuple(name for name, child in model._modules.items() if not hasattr(child, "_orig_mod"))
         self.is_island = False
         for recorded in captured.chain:
             if recorded.assumed is not None:
@@ -120,11 +122,21 @@ class State(nn.Module):
         captured, model = self.captured.chain[which], self.model
         if captured.assumed is None:
             return False
-        if any(isinstance(one, fx.Proxy) for one in arguments):
-            return captured.assumed.training in (None, model.training)
-        if not torch.compiler.is_compiling() and captured.is_stale(model, model._modules):
-            return False
-        return captured.assumed.holds(model, arguments)
+        if (proxy := next((one for one in arguments if isinstance(one, fx.Proxy)), None)) is not None:
+            if captured.assumed.training not in (None, model.training) or "eager" not in captured.assumed.ways:
+                return False
+            self._ask_again(proxy.tracer, arguments, which)
+            return True
+        children = model._modules
+        if torch.compiler.is_compiling():
+            children = {name: children[name] for name in self.traceable if name in children}
+        return not captured.is_stale(model, children) and captured.assumed.holds(model, arguments)
+
+    def _ask_again(self, tracer: Any, arguments: tuple[Any, ...], which: int) -> None:
+        """Leave the question to the graph that is being traced."""
+        state = tracer.create_proxy("get_attr", tracer.path_of_module(self), (), {})
+        asking = tracer.create_proxy("call_function", calls.expect_assumed, (state, [*arguments], which), {})
+        asking.node.meta["is_wrapped"] = True
 
     def call_model(self, args: Any, kwargs: Any) -> Any:
         """Call the original model; in the place of its forward, the forward of its class, without its hooks."""
@@ -177,6 +189,17 @@ class _Asking(fx.graph.CodeGen):
             f"    if not self.{CHILD}.assumes({', '.join(asked)}):\n"
             f"        return self.{CHILD}.others[{which}].forward({', '.join(places)})\n"
         )
+        unused = (check, check.args[0]) if len(check.args[0].users) == 1 else (check,)
+        self._dropped = tuple(f"{node.name} = " for node in unused)
+        self._body_transformer = self._without_check
+
+    def _without_check(self, body: list[str]) -> list[str]:
+        """The node asks whoever runs the graph by other means than this code."""
+        kept = [*body]
+        for number, text in enumerate(body):
+            if text.startswith(self._dropped):  # what follows ends its line
+                kept[number : number + 2] = "", ""
+        return kept
 
     def gen_fn_def(self, *args: Any, **kwargs: Any) -> str:
         return f"{super().gen_fn_def(*args, **kwargs)}\n{self._lines}"

@@ -63,13 +63,13 @@ class Asked:
 
     Attributes:
         kinds: whether they asked for the data type or the device of a tensor.
-        compiling: whether they asked if they were being compiled.
+        way: whether they asked if they were being compiled or traced.
         modes: the paths of the modules whose `training` they read.
         facts: what is so of tensors that modules keep: by path, name and attribute, its value.
     """
 
     kinds: bool = False
-    compiling: bool = False
+    way: bool = False
     modes: dict[str, None] = field(default_factory=dict)
     facts: dict[tuple[str, str, str], Any] = field(default_factory=dict)
 
@@ -120,6 +120,12 @@ class Recorder:
         if self.writer.writes:
             self._frames[-1].reason = reason
             self.writer.writes = False
+
+    def note_asked_way(self, whether_compiled: bool) -> None:
+        """The forward asked whether it is compiled, or else whether it is traced."""
+        self.asked.way = True
+        if whether_compiled and torch.compiler.is_compiling():  # as it is to think, but it has not heard so
+            self.give_up("asks whether it is compiled, by a name of its own")
 
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
         if hasattr(type(value), "__next__"):

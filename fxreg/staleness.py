@@ -1,9 +1,11 @@
 """Noticing that a model is no longer what was captured: what a graph holds as it was is compared before each call."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from .errors import CaptureError
@@ -61,6 +63,7 @@ def remember(
     )
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def check_unchanged(
     model: nn.Module, remembered: Iterable[Remembered], children: Mapping[str, Any], values: bool = True
 ) -> None:
@@ -82,6 +85,45 @@ def check_unchanged(
         what = "was removed" if module is None else _difference(module, one, values)
         if what:
             raise _changed(one.path, what)
+
+
+def check_guarded(
+    model: nn.Module, remembered: Iterable[Remembered], children: Mapping[str, Any], values: bool = True
+) -> None:
+    """`check_unchanged` for code that is being compiled, and so in terms that Dynamo guards: of attributes that are
+    not plain values only that they are there, and of hooks how many there are."""
+    for name, child in children.items():
+        if model._modules.get(name) is not child:
+            raise _changed((name,), "was replaced")
+    for one in remembered:
+        module: Any = model if not one.path else children.get(one.path[0])
+        for part in one.path[1:]:
+            module = getattr(module, part, None)
+        what = "was removed" if module is None else _guarded_difference(module, one, values)
+        if what:
+            raise _changed(one.path, what)
+
+
+def _guarded_difference(module: nn.Module, then: Remembered, values: bool) -> str | None:
+    if then.kind:
+        if _kind(module) != then.kind:
+            return "is of another type"
+        # The first is what it is, and the second is what Dynamo guards.
+        if ("forward" in module.__dict__ or not inspect.ismethod(module.forward)) and then.hooks is not None:
+            return "got a forward of its own instance"
+        if values and then.hooks is not None:
+            for kind, hooks in zip(HOOKS, then.hooks, strict=True):
+                if len(getattr(module, kind)) != len(hooks):
+                    return "has other hooks"
+        if len(module._modules) != len(then.children):
+            return "has other children"
+    if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
+        return "has other parameters"
+    for name, value in then.values if values else ():
+        now: object = getattr(module, name, ...)
+        if isinstance(value, PLAIN) and not (type(now) is type(value) and now == value):
+            return f"has another {name!r}"
+    return None
 
 
 def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None:

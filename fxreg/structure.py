@@ -16,7 +16,7 @@ from .errors import CaptureError
 
 _INERT = (
     bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format,
-    torch.Size, torch.Generator, slice, range, type(...), type(None), torch.SymInt, torch.SymFloat, torch.SymBool,
+    torch.Size, slice, range, type(...), type(None), torch.SymInt, torch.SymFloat, torch.SymBool,
 )  # fmt: skip
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 
+from .captured import way
 from .effects import Penalty
 from .module import RegularizedModule, State, state_of
 from .planning import PullBack
-from .staleness import check_unchanged
+from .staleness import check_guarded, check_unchanged
 from .structure import tensors
 
 _BACKWARDS_WATCHED = 8
@@ -46,12 +47,15 @@ def _is_eager_training(module: nn.Module) -> bool:
 
 
 def _refuse_changed(module: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():
-        state = state_of(module)
-        captured, model = state.captured, state.model
-        # A recording of other attributes is left aside: there is another graph for them.
-        for one in captured.chain:
-            check_unchanged(model, one.remembered, module._modules, values=one.otherwise is None)
+    state = state_of(module)
+    check: Any = check_unchanged
+    children: dict[str, Any] = module._modules
+    if torch.compiler.is_compiling():
+        check, children = check_guarded, {name: children[name] for name in state.traceable}
+    # A recording of other attributes is left aside: there is another graph for them.
+    for one in state.captured.chain:
+        if one.holds_in((way(),)):
+            check(state.model, one.remembered, children, values=one.otherwise is None)
 
 
 def _warn_unbound(module: nn.Module, args: Any) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -831,6 +832,40 @@ class GlobalCounter(Net):
     def run(self, x: Tensor) -> Any:
         SHARED.total += 4
         return self.fc(x)
+
+
+@case("whether it is compiled")
+class AsksWhetherCompiled(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * 2 if torch.compiler.is_compiling() else self.fc(x) + x.shape[0]
+
+
+@case("whether it is compiled, by a name of its own")
+class AsksByName(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * 2 if is_compiling() else self.fc(x) + x.shape[0]
+
+
+@case("whether it is compiled, for nothing")
+class AsksForNothing(Net):
+    def run(self, x: Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            return self.fc(x) * 2
+        return self.fc(x) * 2
+
+
+@case("values, but where it is compiled")
+class AsksValuesInEager(Net):
+    def run(self, x: Tensor) -> Any:
+        if not torch.compiler.is_compiling() and not (x.abs() < 1e9).all():
+            raise ValueError("too much")
+        return self.fc(x)
+
+
+@case("whether it is traced")
+class AsksWhetherTraced(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * (1 if torch.jit.is_tracing() else 3)  # type: ignore[no-untyped-call]
 
 
 @case("the type of a device, beside a size")

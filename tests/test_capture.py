@@ -108,14 +108,19 @@ def seed() -> None:
 
 
 def observe(
-    case: Case, called: nn.Module, model: nn.Module, loss_of: Callable[[Any], Tensor | None], stop: Any = ()
+    case: Case,
+    called: nn.Module,
+    model: nn.Module,
+    loss_of: Callable[[Any], Tensor | None],
+    stop: Any = (),
+    most: int = 99,
 ) -> list[Step]:
     """Make the case's calls in train mode, in eval mode and without gradients, the former with a backward pass each.
     Ends early at an error of the kind `stop`."""
     steps = []
     torch.manual_seed(7)
     calls = case.inputs()
-    planned = [("train", calls), ("eval", calls[:2]), ("no_grad", calls[:1])]
+    planned = [("train", calls[:most]), ("eval", calls[: min(most, 2)]), ("no_grad", calls[: most - 1][:1])]
     for mode, number, call in ((mode, *pair) for mode, some in planned for pair in enumerate(some)):
         args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
         args, kwargs = fresh((args, kwargs))
@@ -351,6 +356,32 @@ def test_plain_tracing_is_wrong_or_refuses(name: str) -> None:
         assert_equals(observe(case, traced, model, probe), expected(name, 0.0), "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("scripted_root", "compiled_root")])
+def test_compiled_it_trains_as_the_compiled_model(name: str) -> None:
+    case = CASES[name]
+    model = build(case)
+    case.later(model)
+
+    def loss_of(output: Any) -> Tensor | None:
+        loss = probe(output)
+        if loss is None:
+            return None
+        return loss + STRENGTH * sum(p.abs().sum() for p in model.parameters() if p.requires_grad)
+
+    wanted = observe(case, torch.compile(model, backend="eager"), model, loss_of, most=1)
+    try:
+        model, gm = emitted(case, L1, with_examples=True)
+    except fxreg.FxregError:
+        assert case.refusal or case.unverifiable
+        return
+    torch.compiler.reset()
+    case.reset()
+    case.later(model)
+    compiled = torch.compile(gm, backend="eager")
+    assert_equals(observe(case, compiled, model, probe, fxreg.FxregError, most=1), wanted, case.refusal)
+
+
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What differs between two fingerprints."""
     return [key for key in {**before, **after} if before.get(key) != after.get(key)]
@@ -361,6 +392,7 @@ def fingerprint(model: nn.Module, versions: bool = True) -> dict[str, Any]:
     found: dict[str, Any] = {
         "class nn.Module": {key: id(value) for key, value in vars(nn.Module).items() if callable(value)},
         "functions of torch": [id(f) for f in (torch.is_grad_enabled, torch.is_autocast_enabled, torch.rand)],
+        "functions of the compiler": [id(f) for f in (torch.compiler.is_compiling, torch._utils.is_compiling)],
         "functions of autograd": {
             k: id(v) for k, v in vars(torch.autograd.function).items() if k != "__warningregistry__"
         },

@@ -18,13 +18,30 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxreg
+from fxreg import deepening
 from fxreg.capture import capture
 from fxreg.module import state_of
 from fxreg.structure import tensors
 
 from . import recorded
 from .attacks import ATTACKS, OnOwnClass
-from .recorded import CASES, AskedKind, ByMode, Case, GlobalCounter, Net, NoneSometimes, Parts, Records, ValueBranch
+from .recorded import (
+    CASES,
+    AskedKind,
+    AsksByName,
+    AsksForNothing,
+    AsksValuesInEager,
+    AsksWhetherCompiled,
+    AsksWhetherTraced,
+    ByMode,
+    Case,
+    GlobalCounter,
+    Net,
+    NoneSometimes,
+    Parts,
+    Records,
+    ValueBranch,
+)
 
 pytestmark = [
     # Of Dynamo looking at its inputs after a graph break.
@@ -142,7 +159,15 @@ def test_attacks_are_the_models_or_refused(name: str) -> None:
     check(ATTACKS[name], L1)
 
 
-def check(case: Case, rule: fxreg.Rule) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [n for k, n in enumerate((*CASES, *ATTACKS)) if not n.startswith("size-") or k % 5 == 0]
+)
+def test_compiled_calls_are_the_compiled_models(name: str) -> None:
+    check({**CASES, **ATTACKS}[name], L1, compiled=True)
+
+
+def check(case: Case, rule: fxreg.Rule, compiled: bool = False) -> None:
     """Make the calls of a case with the model and with what is emitted for it, in both modes."""
     torch.manual_seed(5)
     example, later = case.example(), case.later()
@@ -150,17 +175,22 @@ def check(case: Case, rule: fxreg.Rule) -> None:
     twin = build(case.make)
     assert case.is_recorded in (None, is_recorded(gm))
     assert_same(plain(case.state(model)), plain(case.state(twin)), "after the transform")
+    calls: tuple[Any, ...] = (example, *later, example)
+    called, reference = gm, twin
+    if compiled:
+        calls = tuple(call for call in (*later[:1], example) if isinstance(call, tuple))
+        called, reference = torch.compile(gm, backend="eager"), torch.compile(twin, backend="eager")
     for training in (True, False):
-        for number, call in enumerate((example, *later, example) if training else (example, *later)):
+        for number, call in enumerate(calls if training or not compiled else calls[-1:]):
             twin.train(training)
             gm.train(training)
             where = f"call {number}, {'train' if training else 'eval'}"
-            theirs = observe(case, twin, twin, call, rule)
-            ours = observe(case, gm, model, call, None)
+            theirs = observe(case, reference, twin, call, rule)
+            ours = observe(case, called, model, call, None)
             if isinstance(ours, fxreg.FxregError) and case.refusal:
                 continue
             if isinstance(theirs, Exception):
-                assert type(ours) is type(theirs), where
+                assert compiled or type(ours) is type(theirs), where  # Dynamo fails on what is not recorded
                 continue
             if isinstance(ours, Exception):
                 raise ours
@@ -431,6 +461,46 @@ def test_what_train_sets_is_followed(is_compiled: bool) -> None:
     for training in (True, False, True):
         gm.train(training)
         assert_same(called(ONES), model.fc(ONES) * (2.0 if training else 3.0), f"training={training}")
+
+
+def compiled_recordings(make: Any) -> list[tuple[str, ...]]:
+    return [one.assumed.ways for one in state_of(emitted(make)[1]).captured.chain if one.assumed]
+
+
+def test_where_a_forward_asks_whether_it_is_compiled_each_answer_has_a_graph() -> None:
+    assert compiled_recordings(AsksWhetherCompiled) == [("eager",), ("compiled",)]
+    assert compiled_recordings(AsksByName) == [("eager",)]
+    assert compiled_recordings(AsksForNothing) == [("eager", "compiled")]
+    assert compiled_recordings(AsksValuesInEager) == [("eager",), ("compiled",)]
+    assert compiled_recordings(Branched) == [("eager", "compiled", "traced")]
+
+
+def test_what_was_recorded_as_if_compiled_is_verified_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording that would be wrong there is left aside there."""
+    monkeypatch.setattr(deepening, "_alike", lambda one, other: True)  # says that the graphs for both are one
+    assert compiled_recordings(AsksWhetherCompiled) == [("eager",)]
+
+
+def test_values_are_asked_for_once_in_compiled_code() -> None:
+    class Twice(Net):
+        def run(self, x: Tensor) -> Any:
+            y = self.fc(x) * (2 if (x > -9).all() else 3)
+            return y * (2 if (x < 99).all() else 3) + (1 if (x == 1).any() else 0)
+
+    Twice.forward = lambda self, x: type(x) if self.is_odd else self.run(x)
+    model, gm = emitted(Twice)
+    assert is_recorded(gm)
+    breaks = torch._dynamo.explain(gm)(ONES).graph_break_count
+    torch.compiler.reset()
+    assert breaks < torch._dynamo.explain(model)(ONES).graph_break_count
+
+
+@pytest.mark.parametrize("make", [AsksWhetherCompiled, AsksByName, AsksForNothing, AsksWhetherTraced])
+def test_a_forward_that_asks_how_it_runs_is_not_traced(make: Any) -> None:
+    class Plainly(make):
+        forward = make.run
+
+    assert [*state_of(fxreg.transform(build(Plainly), L1)).captured.opaque] == [""]
 
 
 @pytest.mark.parametrize("make", [Parts, ByMode])
