@@ -68,6 +68,8 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
     captured = _symbolic(model, arguments)
     if example_inputs is None or not captured.opaque or whole_reason(model, runs=True) or has_hooks(model):
         return captured
+    if any(a.is_open and a.name.startswith("*") for a in arguments):
+        return captured
     recorded = deepen(
         model,
         lambda graph: _add_placeholders(graph, arguments),
@@ -122,7 +124,7 @@ def _traced(model: nn.Module, arguments: tuple[Argument, ...]) -> Captured:
         if tracer.side_effect is None:
             misled = tracer.ledger.misled(tracer.state)
             if not misled:
-                remembered = remember(model, tracer.ledger.modules, tracer.ledger.reads.items())
+                remembered = remember(model, tracer.ledger.modules, tracer.ledger.reads.items(), tracer.ledger.codes)
                 return Captured(graph, tracer.opaque, remembered)
             forced |= misled
         elif watches:
@@ -165,10 +167,17 @@ def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[A
         if star and example_inputs is None:
             if star == "*" or any(argument.name.startswith("*") for argument in found):
                 found.append(Argument(star + name, True, False, inspect.Parameter.empty, "is of any number"))
-        elif star:
+        elif star == "**":
             extra = given.get(name, {})
-            pairs = extra.items() if star == "**" else ((f"{name}_{i}", value) for i, value in enumerate(extra))
-            found += [Argument(n, True, star == "*", inspect.Parameter.empty, _oddity(v), v) for n, v in pairs]
+            if len(extra) > 1:
+                found.append(Argument(star + name, True, False, inspect.Parameter.empty, "comes in any order"))
+            else:
+                found += [Argument(n, True, False, inspect.Parameter.empty, _oddity(v), v) for n, v in extra.items()]
+        elif star:
+            extra = enumerate(given.get(name, ()))
+            found += [Argument(f"{name}_{i}", True, True, inspect.Parameter.empty, _oddity(v), v) for i, v in extra]
+            if any(other.kind is other.KEYWORD_ONLY for other in signature.parameters.values()):
+                found.append(Argument(star + name, False, False, ()))  # no more, and so none for the ones by keyword
         else:
             is_open = name in given or parameter.default is inspect.Parameter.empty
             by_position = position < positional or parameter.kind is parameter.POSITIONAL_ONLY
@@ -262,7 +271,9 @@ def _add_placeholders(graph: fx.Graph, arguments: tuple[Argument, ...]) -> dict[
     fixed: list[tuple[Any, ...]] = []
     needed: list[tuple[Any, ...]] = []
     for argument in arguments:
-        if optional or argument.default is not inspect.Parameter.empty:
+        if argument.name.startswith("*"):
+            node, default = graph.placeholder(argument.name), argument.default
+        elif optional or argument.default is not inspect.Parameter.empty:
             optional = True
             default = argument.default if _is_writable(argument.default) else ...
             node = graph.placeholder(argument.name, default_value=default)

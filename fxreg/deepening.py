@@ -144,7 +144,7 @@ class _Session:
         modules = first.ledger.modules | other.ledger.modules
         reads = first.ledger.reads | other.ledger.reads
         with self._borrowed(training=True):
-            remembered = remember(self.model, modules, reads.items())
+            remembered = remember(self.model, modules, reads.items(), first.ledger.codes | other.ledger.codes)
         return Captured(graph, first.opaque, remembered, assumed)
 
     def _settle(self) -> tuple[Settled, ...]:

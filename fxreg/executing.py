@@ -9,7 +9,7 @@ import inspect
 import sys
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ _INSTRUCTIONS = {
 }
 _TYPE, _IDENTITY = "asks for a type", "compares identities"
 _DICTIONARY, _WRITES = "looks into an object's dictionary", "writes the attribute"
-_UNKNOWN = object()
+_BY_NAME, _UNKNOWN = "writes an attribute by its name", object()
 _MENTIONS = {
     "manual_seed": "seeds a random generator",
     "fork_rng": "forks a random generator",
@@ -36,6 +36,8 @@ _MENTIONS = {
     "__dict__": _DICTIONARY,
     "type": _TYPE,
     "__class__": _TYPE,
+    "setattr": _BY_NAME,
+    "delattr": _BY_NAME,
     "Thread": "starts a thread",
     "ThreadPoolExecutor": "starts a thread",
 }
@@ -71,6 +73,7 @@ def watched(recorder: Any) -> Iterator[None]:
             recorder.note_made(frame.f_locals[frame.f_code.co_varnames[0]])
         if not recorder.thread or _is_foreign(frame.f_globals.get("__name__", "")):
             return None
+        recorder.ledger.enters(frame.f_code, frame.f_globals)
         frame.f_trace_lines = False
         frame.f_trace_opcodes = bool(_flagged(frame.f_code))
         return step
@@ -118,6 +121,22 @@ def watched(recorder: Any) -> Iterator[None]:
         sys.setprofile(before[1])
         if collects:
             gc.enable()
+
+
+@contextmanager
+def entering(note: Callable[[types.CodeType, dict[str, Any]], None]) -> Iterator[None]:
+    """Tell of every function of the user's that runs, however it was reached."""
+
+    def enter(frame: types.FrameType, event: str, argument: Any) -> None:
+        if not _is_foreign(frame.f_globals.get("__name__", "")):
+            note(frame.f_code, frame.f_globals)
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def inside_handler() -> str | None:
@@ -197,6 +216,9 @@ def _matters(reason: str, frame: types.FrameType, recorder: Any) -> bool:
         value = _Stack(frame).top()
         replaced = isinstance(value, torch.Tensor | int | float) or type(value) in SYMBOLIC
         return value is _UNKNOWN or replaced or recorder.writer.veils
+    if reason == _BY_NAME:
+        value = _Stack(frame).first()
+        return value is _UNKNOWN or not recorder.watches_over(value)
     if reason.startswith(_WRITES):
         value = _Stack(frame).written()
         return value is _UNKNOWN or not recorder.watches_over(value)
@@ -215,16 +237,30 @@ class _Stack:
         """What was loaded last."""
         return self._loaded(self.position - 1)[0]
 
+    def first(self) -> Any:
+        """The first argument of the function that is loaded here, where it is a variable or an attribute of one."""
+        end = self.position + 2
+        while self.instructions[end].opname == "LOAD_ATTR":
+            end += 1
+        return self._loaded(end - 1)[0]
+
     def typed(self) -> Any:
         """Whose type is asked for, by `value.__class__` or `type(value)`."""
         if self.instructions[self.position].argval == "__class__":
             return self.top()
         first = end = self.position + 1
+        if self.instructions[first].opname == "PRECALL" and self._is_asked_about(self.position):
+            return None
         while self.instructions[end].opname in _LOADS:
             end += 1
         value, start = self._loaded(end - 1)
         is_argument = start == first and self.instructions[end].opname in ("PRECALL", "CALL")
         return value if is_argument and self.instructions[end].arg == 1 else _UNKNOWN
+
+    def _is_asked_about(self, position: int) -> bool:
+        """Whether what is loaded at a position is the second argument of `isinstance`."""
+        start = self._loaded(position - 1)[1]
+        return self.instructions[start - 1].argval in ("isinstance", "issubclass")
 
     def written(self) -> Any:
         """Whose attribute is written, by `value.name = 1`, `value.name += 1` or `del value.name`."""

@@ -179,7 +179,11 @@ class _Asking(fx.graph.CodeGen):
 
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__()
-        places = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+        places: list[str] = []
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                by_name = any(place.startswith("*") for place in places) and not node.target.startswith("*")
+                places.append(f"{node.target}={node.target}" if by_name else str(node.target))
         (check,) = (node for node in graph.nodes if node.target is calls.expect_assumed)
         asked = [str(node.target) for node in check.args[1]]  # its name may be other, and not yet bound
         which = check.args[2] if len(check.args) > 2 else 0

@@ -46,6 +46,8 @@ _ASKS = {
     "is_any_autocast_enabled": "reads autocast",
     "get_default_dtype": "reads the default dtype",
     "are_deterministic_algorithms_enabled": "reads a global mode",
+    "setattr": "sets an attribute by name",
+    "delattr": "deletes an attribute by name",
     "manual_seed": "seeds a random generator",
     "fork_rng": "forks a random generator",
     "Thread": "starts a thread",
@@ -230,20 +232,28 @@ def _writes(function: types.FunctionType) -> frozenset[str]:
 
 @_once_per_function
 def _may_change_containers(function: types.FunctionType) -> bool:
-    codes = [*_codes(function.__code__)]
-    stores = any(i.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for c in codes for i in dis.get_instructions(c))
-    return stores or not _CHANGING.isdisjoint(_names(function.__code__))
+    return any(map(_changes_containers, _codes(function.__code__)))
+
+
+def _changes_containers(code: types.CodeType) -> bool:
+    stores = any(i.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for i in dis.get_instructions(code))
+    return stores or not _CHANGING.isdisjoint(code.co_names)
 
 
 @_once_per_function
 def _asks_for_none(function: types.FunctionType) -> bool:
-    for code in _codes(function.__code__):
-        before = None
-        for instruction in dis.get_instructions(code):
-            name = instruction.opname  # `if x is None` is a jump of its own
-            if name.endswith("_NONE") or (name == "IS_OP" and before is not None and before.argval is None):
-                return True
-            before = instruction
+    return any(map(code_asks_for_none, _codes(function.__code__)))
+
+
+@functools.lru_cache(maxsize=4096)
+def code_asks_for_none(code: types.CodeType) -> bool:
+    """Whether code asks somewhere whether something is None."""
+    before = None
+    for instruction in dis.get_instructions(code):
+        name = instruction.opname  # `if x is None` is a jump of its own
+        if name.endswith("_NONE") or (name == "IS_OP" and before is not None and before.argval is None):
+            return True
+        before = instruction
     return False
 
 
@@ -253,8 +263,15 @@ def _function_reason(function: types.FunctionType) -> str | None:
     if what is None and _may_change_a_global(function):
         what = "changes a global container"
     if what is None:
-        what = next((reason for c in _codes(function.__code__) if (reason := _code_reason(c, function))), None)
+        codes, space = _codes(function.__code__), function.__globals__
+        what = next((reason for code in codes if (reason := _code_reason(code, space))), None)
     return None if what is None else f"{function.__qualname__} {what}"
+
+
+def code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
+    """Why code that runs with these global variables must not be traced, if it says so."""
+    what = "changes a global container" if _changes_a_global(code, space) else _code_reason(code, space)
+    return None if what is None else f"{code.co_qualname} {what}"
 
 
 def _may_change_a_global(function: types.FunctionType) -> bool:
@@ -263,7 +280,12 @@ def _may_change_a_global(function: types.FunctionType) -> bool:
     return containers and _may_change_containers(function)
 
 
-def _code_reason(code: types.CodeType, function: types.FunctionType) -> str | None:
+def _changes_a_global(code: types.CodeType, space: dict[str, Any]) -> bool:
+    containers = any(isinstance(space.get(name), _MUTABLE) for name in code.co_names)
+    return containers and _changes_containers(code)
+
+
+def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
     instructions = [*dis.get_instructions(code)]
     if code.co_exceptiontable and "BEFORE_WITH" not in {i.opname for i in instructions}:
         return "catches exceptions"
@@ -271,9 +293,9 @@ def _code_reason(code: types.CodeType, function: types.FunctionType) -> str | No
         name, argument = instruction.opname, instruction.argval
         if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and argument in _ASKS:
             return _ASKS[argument]
-        if name == "LOAD_GLOBAL" and (asks := _asks_under_another_name(function.__globals__.get(argument))):
+        if name == "LOAD_GLOBAL" and (asks := _asks_under_another_name(space.get(argument))):
             return asks
-        if name == "STORE_DEREF" and argument in function.__code__.co_freevars:
+        if name == "STORE_DEREF" and argument in code.co_freevars:
             return f"writes the variable {argument!r} of an enclosing function"
         if name not in _OPCODES or (name == "IS_OP" and instructions[position - 1].argval is None):
             continue

@@ -4,6 +4,7 @@ A traced forward reads attributes once, when it is traced. That is wrong where a
 with hooks of the user's own, writes them: whoever reads them must then run as it is, too.
 """
 
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,11 +30,16 @@ class Ledger:
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.reads: dict[tuple[str, str, str], Any] = {}
+        self.codes: dict[types.CodeType, dict[str, Any]] = {}
         self._running: dict[str, nn.Module] = {}
 
     def traced(self, path: str, module: nn.Module) -> None:
         """A module's forward is being traced."""
         self.modules.setdefault(path, module)
+
+    def enters(self, code: types.CodeType, space: dict[str, Any]) -> None:
+        """Code of the user's runs, with its global variables."""
+        self.codes.setdefault(code, space)
 
     def read(self, reader: str, path: str, name: str, value: Any) -> None:
         """The traced forward of `reader` read an attribute of the module at `path`."""

@@ -1,6 +1,7 @@
 """Noticing that a model is no longer what was captured: what a graph holds as it was is compared before each call."""
 
 import inspect
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import fx, nn
 
 from .errors import CaptureError
 from .freezing import frozen
+from .outside import Outside, read_outside
 from .side_channels import HOOKS
 from .structure import PLAIN, alike
 
@@ -26,6 +28,7 @@ class Remembered:
         hooks: its hooks of each kind; None where only its class's forward is in the graph, whatever is
             done around it.
         children: the names of its children, and of those in its lists and dicts of modules.
+        outside: of the root, what all traced code reads outside the modules.
     """
 
     path: tuple[str, ...]
@@ -34,14 +37,16 @@ class Remembered:
     parameters: tuple[str, ...]
     hooks: tuple[Any, ...] | None = ()
     children: tuple[Any, ...] = ()
+    outside: tuple[Outside, ...] = ()
 
 
 def remember(
     root: nn.Module,
     modules: Mapping[str, nn.Module] | None = None,
     reads: Iterable[tuple[tuple[str, str, str], Any]] = (),
+    codes: Mapping[types.CodeType, dict[str, Any]] | None = None,
 ) -> tuple[Remembered, ...]:
-    """What to compare later: of the root, of the traced modules by path, and of what they read."""
+    """What to compare later: of the root, of the traced modules by path, and of what they, or code, read."""
     modules = modules or {}
     values: dict[str, dict[str, Any]] = {path: {} for path in ("", *modules)}
     objects: set[int] = set()  # one object, a configuration say, may be everybody's: once is enough
@@ -58,6 +63,7 @@ def remember(
             _own_parameters(modules.get(path, root if not path else None)),
             _hooks(modules[path]) if path in modules else (),
             _children(modules[path]) if path in modules else (),
+            () if path else read_outside(codes or {}),
         )
         for path, found in values.items()
     )
@@ -90,8 +96,8 @@ def check_unchanged(
 def check_guarded(
     model: nn.Module, remembered: Iterable[Remembered], children: Mapping[str, Any], values: bool = True
 ) -> None:
-    """`check_unchanged` for code that is being compiled, and so in terms that Dynamo guards: of attributes that are
-    not plain values only that they are there, and of hooks how many there are."""
+    """`check_unchanged` for code that is being compiled, and so in terms that Dynamo guards: of values what is plain in
+    them, and of hooks how many there are."""
     for name, child in children.items():
         if model._modules.get(name) is not child:
             raise _changed((name,), "was replaced")
@@ -121,9 +127,36 @@ def _guarded_difference(module: nn.Module, then: Remembered, values: bool) -> st
         return "has other parameters"
     for name, value in then.values if values else ():
         now: object = getattr(module, name, ...)
-        if isinstance(value, PLAIN) and not (type(now) is type(value) and now == value):
+        if not _guarded_alike(now, value):
             return f"has another {name!r}"
+    for outside in then.outside if values else ():
+        if not _guarded_alike(outside.now(), outside.value):
+            return f"reads {outside.name!r}, which is another now"
     return None
+
+
+def _guarded_alike(now: Any, then: Any, depth: int = 3) -> bool:
+    """Whether a value is as it was frozen, as far as plain values in lists, dicts and attributes go."""
+    if isinstance(then, PLAIN):
+        return type(now) is type(then) and bool(now == then)
+    if depth == 0 or len(then) not in (2, 3) or not isinstance(then[1], tuple):
+        return True
+    if isinstance(now, list | tuple):
+        if len(now) != len(then[1]):
+            return False
+        for one, before in zip(now, then[1], strict=True):
+            if not _guarded_alike(one, before, depth - 1):
+                return False
+    elif isinstance(now, dict):
+        if len(now) != len(then[1]):
+            return False
+        for key, before in then[1]:
+            if isinstance(key, PLAIN) and (key not in now or not _guarded_alike(now[key], before, depth - 1)):
+                return False
+    for name, before in then[2] if len(then) == 3 else ():
+        if not _guarded_alike(getattr(now, name, ...), before, depth - 1):
+            return False
+    return True
 
 
 def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None:
@@ -146,6 +179,9 @@ def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None
         now = frozen(own[name] if name in own else getattr(module, name, ...))
         if not alike(now, value):
             return f"has another {name!r}"
+    for outside in then.outside if values else ():
+        if not alike(frozen(outside.now()), outside.value):
+            return f"reads {outside.name!r}, which is another now"
     return None
 
 

@@ -11,6 +11,7 @@ import itertools
 import math
 import operator
 import threading
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -20,10 +21,11 @@ from torch.fx import immutable_collections
 from torch.overrides import TorchFunctionMode
 
 from .calls import expect_tensor
+from .executing import entering
 from .interception import intercepted
 from .layers import ambient_state, described, is_layer, tensor_paths, whole_reason
 from .proxies import TracedValue, Untraceable, holds_proxy
-from .scanning import asks_for_none
+from .scanning import asks_for_none, code_asks_for_none, code_reason
 from .side_channels import Ledger, shorten
 from .snapshots import Snapshot, rng_state, set_rng_state
 
@@ -70,6 +72,8 @@ class SoundTracer(fx.Tracer):
         self._paths = {module: path for path, module in reversed([*root.named_modules(remove_duplicate=False)])}
         self.thread = threading.get_ident()
         self._poison: str | None = None
+        self._codes: dict[types.CodeType, str | None] = {}
+        self._asked_none = False
         self._opaque_results: dict[fx.Node, str] = {}
         self._asked_type: set[fx.Node] = set()
         self._scope: list[tuple[str, dict[str, tuple[str, type]]]] = [("", {})]
@@ -93,6 +97,14 @@ class SoundTracer(fx.Tracer):
         """A forward may have swallowed what `give_up` raised, with a bare except."""
         if self._poison:
             raise Untraceable(self._poison)
+
+    def _enters(self, code: types.CodeType, space: dict[str, Any]) -> None:
+        """Some function of the user's is about to run: what its code says decides whether it may."""
+        if code not in self._codes:
+            self._codes[code] = code_reason(code, space)
+        self.ledger.enters(code, space)
+        self._poison = self._poison or self._codes[code]
+        self._asked_none = self._asked_none or code_asks_for_none(code)
 
     def claimed_type(self, value: TracedValue) -> type:
         if value.node.op != "placeholder":
@@ -259,7 +271,7 @@ class SoundTracer(fx.Tracer):
         It is compared in what it can reach from its attributes. What it changed elsewhere, a caller is found to have
         changed.
         """
-        last = self._last()
+        last, asked_none, self._asked_none = self._last(), self._asked_none, False
         self._scope.append((path, {**self._scope[-1][1], path: (path, type(module))}))
         self.ledger.traced(path, module)
         try:
@@ -267,9 +279,10 @@ class SoundTracer(fx.Tracer):
             self.check_poison()
             if self._watches and (changed := self._put_back(reach)):
                 self.give_up(changed)
-            self._check_opaque_results(last, asks_for_none(module))
+            self._check_opaque_results(last, self._asked_none or asks_for_none(module))
             return result
         finally:
+            self._asked_none = asked_none
             self._scope.pop()
 
     def _side_effect(self, reach: Snapshot | None = None) -> str | None:
@@ -325,7 +338,8 @@ class SoundTracer(fx.Tracer):
         with intercepted(self):
             self._ambient = ambient_state()
             try:
-                return self.run_traced(self.root, "", run, (), {})
+                with entering(self._enters):
+                    return self.run_traced(self.root, "", run, (), {})
             except Exception as error:
                 raise Untraceable(self._poison or described(error)) from error
             finally:

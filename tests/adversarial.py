@@ -30,6 +30,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from . import settings
+
 Call = tuple[Any, ...] | dict[str, Any]
 """Positional or keyword arguments."""
 
@@ -2076,3 +2078,65 @@ class Pythonic(TrainingArgument):
         for i, (layer, other) in enumerate(zip(self.layers, reversed(self.layers), strict=True)):
             x = layer(other(x)) / (i + 1)
         return functools.reduce(lambda y, layer: layer(y), self.layers, x)
+
+
+# Ways to a function that asks what a proxy cannot answer.
+
+
+class Asking(Net):
+    """Forwards that symbolic tracing must not go through, for others to get to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x) * self.w
+        return y * 2 if type(x) is Tensor else y
+
+
+@case("a question in a forward of a base class")
+class BySuper(Asking):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@case("a question in a forward of a base class, by the name of that")
+class ByBase(Asking):
+    def forward(self, x: Tensor) -> Tensor:
+        return Asking.forward(self, x)
+
+
+@case("a question in a function of another module")
+class ByModule(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(settings.doubled(x)) * self.w
+
+
+@case("a question in a function that is imported where it is called")
+class ByImport(Net):
+    def forward(self, x: Tensor) -> Any:
+        from .settings import doubled
+
+        return self.fc(doubled(x)) * self.w
+
+
+@case("a question in a function in a list")
+class ByList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions = [settings.doubled]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(self.functions[0](x)) * self.w
+
+
+DOUBLINGS = {"it": settings.Doubling()}
+
+
+@case("a question in a method of an object in a global dict")
+class ByDict(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(DOUBLINGS["it"].of(x)) * self.w
+
+
+@case("a question in an object that is called")
+class ByMade(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(settings.Doubling()(x)) * self.w

@@ -897,6 +897,13 @@ class OnHeldByName(Net):
         return self.fc(x)
 
 
+@attack("an attribute of a class, by its name in a string", later=lambda: (forgetting,))
+class OnClassByName(Net):
+    def run(self, x: Tensor) -> Any:
+        setattr(Holding, "n", 5)  # noqa: B010
+        return self.fc(x)
+
+
 @attack("an object in a class's list", later=lambda: (forgetting,))
 class OnListed(Net):
     def run(self, x: Tensor) -> Any:

@@ -287,7 +287,8 @@ def page(rows: Sequence[Row]) -> str:
         "and is left out.",
         f"- *faithful*: with `l1({STRENGTH:g})` on every parameter, outputs and buffers are bitwise those of the "
         "model, in train and in eval mode, and gradients those of the hand-written loss on another model.",
-        "- *breaks*: graph breaks in train mode, of the model → of the emitted module; – where Dynamo fails.",
+        "- *breaks*: graph breaks in train mode, of the model → of the emitted module, after a first call, which may "
+        "set something; – where Dynamo fails.",
         "",
         "| family | kind | layers | opaque regions | faithful | breaks |",
         "|---|---|--:|---|---|--:|",

@@ -795,3 +795,41 @@ def test_the_forward_is_called_as_the_examples_say(args: Any, kwargs: Any) -> No
     model = _Decorated(3, 3)
     gm = fxreg.transform(model, L1, example_inputs=args or kwargs)
     torch.testing.assert_close(gm(*args, **kwargs), model(*args, **kwargs), rtol=0, atol=0)
+
+
+class _Rest(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, *rest: Tensor, scale: float = 1.0) -> Tensor:
+        return sum(rest, self.linear(x)) * scale
+
+
+class _OddRest(_Rest):
+    def forward(self, x: Tensor, *rest: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(x, *rest, scale=scale) * (2 if type(rest) is list else 1)
+
+
+@pytest.mark.parametrize("make", [_Rest, _OddRest])
+@pytest.mark.parametrize("count", [1, 2])
+def test_more_arguments_than_the_examples_are_no_keyword_ones(make: Any, count: int) -> None:
+    model = make()
+    gm = fxreg.transform(model, L1, example_inputs=(ROW,) * count)
+    assert torch.equal(gm(*(ROW,) * count), model(*(ROW,) * count))
+    with pytest.raises(fxreg.CaptureError, match=r"'\*rest' was fixed"):
+        gm(*(ROW,) * (count + 1))
+
+
+class _InOrder(_Rest):
+    def forward(self, **inputs: Tensor) -> Any:
+        return sum(self.linear(value) * number for number, value in enumerate(inputs.values()))
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_keyword_arguments_come_in_any_order(names: str) -> None:
+    model = _InOrder()
+    gm = fxreg.transform(model, L1, example_inputs=dict.fromkeys(names, ROW))
+    for order in itertools.permutations(names):
+        call = {name: ROW * number for number, name in enumerate(order, start=1)}
+        assert torch.equal(gm(**call), model(**call))

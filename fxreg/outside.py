@@ -1,0 +1,106 @@
+"""What functions read from outside: global variables, and attributes of the classes, modules and objects they name.
+
+A graph holds the values as they were when it was captured. What is compared later is what code mentions by name; what
+an installed package keeps in containers and objects of its own is taken for constant.
+"""
+
+import dis
+import functools
+import inspect
+import logging
+import sys
+import types
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .freezing import frozen
+from .scanning import is_library
+from .structure import PLAIN
+
+_MISSING = object()
+_NEVER = (Tensor, nn.Module, logging.Logger, types.FunctionType, types.BuiltinFunctionType, types.GenericAlias)
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A global variable, or an attribute of one.
+
+    Attributes:
+        module: the name of the module that has the variable.
+        path: the variable's name, and an attribute's.
+        value: what was there, frozen.
+    """
+
+    module: str
+    path: tuple[str, ...]
+    value: Any
+
+    @property
+    def name(self) -> str:
+        return ".".join((self.module, *self.path))
+
+    def now(self) -> Any:
+        """What is there now."""
+        found: Any = sys.modules[self.module]
+        for part in self.path:
+            found = getattr(found, part, None)
+        return found
+
+
+def read_outside(codes: Mapping[types.CodeType, dict[str, Any]]) -> tuple[Outside, ...]:
+    """What code may read, with its global variables; each once."""
+    found = {(one.module, one.path): one for code, space in codes.items() for one in _read_by(code, space)}
+    return tuple(found.values())
+
+
+def _read_by(code: types.CodeType, space: dict[str, Any]) -> Iterator[Outside]:
+    module = space.get("__name__", "")
+    if space is not vars(sys.modules.get(module, types)):
+        return  # made by `exec`, or gone
+    loaded, mentioned = _names(code)
+    for name in loaded:
+        value = space.get(name, _MISSING)
+        if type(value) in PLAIN:
+            yield Outside(module, (name,), value)
+            continue
+        if value is _MISSING or isinstance(value, _NEVER) or _is_of_library(value):
+            continue
+        if hasattr(value, "__dict__"):
+            for attribute in mentioned:
+                kept = inspect.getattr_static(value, attribute, _MISSING)
+                if type(kept) in PLAIN:
+                    yield Outside(module, (name, attribute), kept)
+        if not isinstance(value, type | types.ModuleType) and not _is_installed(module):
+            yield Outside(module, (name,), frozen(value))
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The global variables that some code loads, and the attributes that it names."""
+    loaded, mentioned = dict[str, None](), dict[str, None]()
+    waiting = [code]
+    while waiting:
+        one = waiting.pop()
+        waiting += [constant for constant in one.co_consts if isinstance(constant, types.CodeType)]
+        for instruction in dis.get_instructions(one):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                loaded[instruction.argval] = None
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                mentioned[instruction.argval] = None
+    return tuple(loaded), tuple(mentioned)
+
+
+def _is_of_library(value: Any) -> bool:
+    if isinstance(value, types.ModuleType):
+        return is_library(value.__name__) or value.__name__.partition(".")[0] in sys.stdlib_module_names
+    kind = value if isinstance(value, type) else type(value)
+    return is_library(kind.__module__) and not isinstance(value, Collection)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_installed(module: str) -> bool:
+    path = getattr(sys.modules[module], "__file__", None) or ""
+    return "site-packages" in path or "dist-packages" in path

@@ -1,0 +1,21 @@
+"""What a model may read from another module, and call there."""
+
+from typing import Any
+
+from torch import Tensor
+
+NUMBER = 2.0
+
+
+def doubled(x: Any) -> Any:
+    """A function that a symbolic tracer must not go through."""
+    return x * 2 if type(x) is Tensor else x
+
+
+class Doubling:
+    """An object that a symbolic tracer must not go through."""
+
+    def of(self, x: Any) -> Any:
+        return x * 2 if type(x) is Tensor else x
+
+    __call__ = of

@@ -1,0 +1,146 @@
+"""Global variables that a forward reads: a graph never goes on with what they were."""
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxreg
+
+from . import settings
+
+L1 = fxreg.Rule(fxreg.l1(0.01))
+ROW = torch.ones(2, 3)
+
+NUMBER = 2.0
+TABLE = {"k": [2.0]}
+
+
+class Held:
+    number = 2.0
+
+    def __init__(self) -> None:
+        self.own = {"k": 2.0}
+
+
+HELD = Held()
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+
+class Number(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * NUMBER
+
+
+class Table(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * TABLE["k"][0]
+
+
+class OfClass(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * Held.number
+
+
+class OfObject(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * HELD.own["k"]
+
+
+class OfModule(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * settings.NUMBER
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * NUMBER
+
+
+class ByFunction(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled(self.linear(x))
+
+
+CASES: dict[type[Layer], Any] = {
+    Number: lambda patch: patch.setitem(globals(), "NUMBER", 3.0),
+    Table: lambda patch: patch.setitem(TABLE, "k", [3.0]),
+    OfClass: lambda patch: patch.setattr(Held, "number", 3.0),
+    OfObject: lambda patch: patch.setitem(HELD.own, "k", 3.0),
+    OfModule: lambda patch: patch.setattr(settings, "NUMBER", 3.0),
+    ByFunction: lambda patch: patch.setitem(globals(), "NUMBER", 3.0),
+}
+
+
+@pytest.mark.parametrize("make", CASES)
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_variable_that_changed_is_noticed(
+    make: type[Layer], is_compiled: bool, is_nested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: nn.Module = nn.Sequential(make()) if is_nested else make()
+    gm = pickle.loads(pickle.dumps(fxreg.transform(model, L1)))
+    assert not fxreg.explain(gm).opaque
+    called = torch.compile(gm, backend="eager") if is_compiled else gm
+    torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
+    CASES[make](monkeypatch)
+    with pytest.raises(fxreg.CaptureError, match="which is another now"):
+        called(ROW)
+
+
+class Odd(Number):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if type(x) is int else 1)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_recording_gives_way(is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(Odd(), nn.Linear(3, 3))
+    gm = fxreg.transform(model, L1, example_inputs=(ROW,))
+    called = torch.compile(gm, backend="eager") if is_compiled else gm
+    for number in (2.0, 3.0, 2.0):
+        monkeypatch.setitem(globals(), "NUMBER", number)
+        torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
+
+
+class Settings:
+    """What many models keep: an object with what they are made after."""
+
+    def __init__(self) -> None:
+        self.scale, self.names = 2.0, ["a"]
+
+
+class Configured(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Settings()
+        self.table = {"k": 2.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) * (self.config.scale if "a" in self.config.names else 0.0)
+        return y * self.table["k"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.config, "scale", 3.0),
+        lambda model: model.config.names.append("b"),
+        lambda model: model.table.update(k=3.0),
+        lambda model: setattr(model, "table", {"k": 2.0, "j": 1.0}),
+    ],
+)
+def test_what_is_inside_an_attribute_is_guarded_by_compiled_code(change: Any) -> None:
+    model = Configured()
+    gm = fxreg.transform(model, L1)
+    compiled = torch.compile(gm, backend="eager", fullgraph=True)
+    compiled(ROW)
+    change(model)
+    with pytest.raises(Exception, match="the model changed since it was captured"):
+        compiled(ROW)
