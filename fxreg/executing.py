@@ -59,6 +59,8 @@ _QUESTIONS = {
 }
 
 
+_FOREIGN: dict[int, types.CodeType] = {}
+"""Code of libraries', by identity; kept, so that nothing else gets it."""
 _HASH = torch.Tensor.__hash__.__code__
 _COPIES = copy._reconstruct.__code__  # type: ignore[attr-defined]  # what both kinds of copies end in
 _DISPATCH = functools.singledispatch(lambda value: value).__code__  # type: ignore[attr-defined]
@@ -123,20 +125,40 @@ def watched(recorder: Any) -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def entering(note: Callable[[types.CodeType, dict[str, Any]], None]) -> Iterator[None]:
+class entering:  # noqa: N801  a context manager, of which there are thousands
     """Tell of every function of the user's that runs, however it was reached."""
 
-    def enter(frame: types.FrameType, event: str, argument: Any) -> None:
-        if not _is_foreign(frame.f_globals.get("__name__", "")):
-            note(frame.f_code, frame.f_globals)
+    def __init__(self, note: Callable[[types.CodeType, dict[str, Any]], None]) -> None:
+        foreign = _FOREIGN
 
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+        def enter(frame: types.FrameType, event: str, argument: Any) -> None:
+            code = frame.f_code
+            if id(code) in foreign:  # nearly all are, and hashing the code itself would take as long as tracing
+                return
+            if _is_foreign(frame.f_globals.get("__name__", "")):
+                foreign[id(code)] = code
+            else:
+                note(code, frame.f_globals)
+
+        self.enter = enter
+
+    def __enter__(self) -> None:
+        self.before = sys.gettrace()
+        sys.settrace(self.enter)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+
+class unwatched:  # noqa: N801  a context manager, of which there are thousands
+    """Hear of nothing for a while in which only libraries' code runs: being told takes time."""
+
+    def __enter__(self) -> None:
+        self.before = sys.gettrace()
+        sys.settrace(None)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
 
 
 def inside_handler() -> str | None:

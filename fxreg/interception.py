@@ -18,7 +18,7 @@ _CHANGES = (
 lock = threading.RLock()
 """Whoever patches a class holds it."""
 _PLAIN = frozenset({bool, int, float, str})
-_INTERNAL = frozenset(vars(nn.Module())) | {"forward"}
+_INTERNAL = frozenset(vars(nn.Module())) | {"forward", "__dict__", "__class__"}
 
 
 @contextmanager
@@ -83,8 +83,10 @@ def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
 
     def read_plain(module: nn.Module, name: str) -> Any:
         value = plain_read(module, name)
+        if name in _INTERNAL:
+            return value
         own = type(value) in _PLAIN or name in plain_read(module, "__dict__")  # or a default of the class
-        if own and name not in _INTERNAL and _ours(tracer):
+        if own and _ours(tracer):
             tracer.note_read(module, name, value)
         return value
 

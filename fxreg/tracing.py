@@ -21,7 +21,7 @@ from torch.fx import immutable_collections
 from torch.overrides import TorchFunctionMode
 
 from .calls import expect_tensor
-from .executing import entering
+from .executing import entering, unwatched
 from .interception import intercepted
 from .layers import ambient_state, described, is_layer, tensor_paths, whole_reason
 from .proxies import TracedValue, Untraceable, holds_proxy
@@ -153,6 +153,10 @@ class SoundTracer(fx.Tracer):
         node.meta["nn_module_stack"] = dict(self._scope[-1][1])
         return node
 
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        with unwatched():
+            return super().create_proxy(*args, **kwargs)
+
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Record a call of one of fxreg's own functions, as a node that survives re-tracing."""
         result = self.create_proxy("call_function", function, args, {})
@@ -200,6 +204,10 @@ class SoundTracer(fx.Tracer):
         return path
 
     def call_submodule(self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with unwatched():
+            return self._called(module, run, args, kwargs)
+
+    def _called(self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self.check_poison()
         path = self.path_of(module)
         if not path:
@@ -275,7 +283,8 @@ class SoundTracer(fx.Tracer):
         self._scope.append((path, {**self._scope[-1][1], path: (path, type(module))}))
         self.ledger.traced(path, module)
         try:
-            result = run(*args, **kwargs)
+            with entering(self._enters):
+                result = run(*args, **kwargs)
             self.check_poison()
             if self._watches and (changed := self._put_back(reach)):
                 self.give_up(changed)
@@ -338,8 +347,7 @@ class SoundTracer(fx.Tracer):
         with intercepted(self):
             self._ambient = ambient_state()
             try:
-                with entering(self._enters):
-                    return self.run_traced(self.root, "", run, (), {})
+                return self.run_traced(self.root, "", run, (), {})
             except Exception as error:
                 raise Untraceable(self._poison or described(error)) from error
             finally:
