@@ -91,12 +91,18 @@ def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
         return value
 
     def read(module: nn.Module, name: str) -> Any:
-        try:
-            value = module_getattr(module, name)
-        except AttributeError:
-            if _ours(tracer):
-                tracer.note_read(module, name, ...)  # there is no such attribute: there may be one later
-            raise
+        own = plain_read(module, "__dict__")
+        for registry in ("_parameters", "_buffers", "_modules"):  # as module_getattr does, in a tenth of the time
+            if name in own.get(registry, ()):
+                value = own[registry][name]
+                break
+        else:
+            try:
+                value = module_getattr(module, name)
+            except AttributeError:
+                if _ours(tracer):
+                    tracer.note_read(module, name, ...)  # there is no such attribute: there may be one later
+                raise
         return tracer.attribute(module, name, value) if _ours(tracer) else value
 
     def write(module: nn.Module, name: str, value: Any) -> None:
