@@ -124,7 +124,8 @@ def _traced(model: nn.Module, arguments: tuple[Argument, ...]) -> Captured:
         if tracer.side_effect is None:
             misled = tracer.ledger.misled(tracer.state)
             if not misled:
-                remembered = remember(model, tracer.ledger.modules, tracer.ledger.reads.items(), tracer.ledger.codes)
+                heard = tracer.ledger
+                remembered = remember(model, heard.modules, heard.reads.items(), heard.codes.values())
                 return Captured(graph, tracer.opaque, remembered)
             forced |= misled
         elif watches:

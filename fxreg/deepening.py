@@ -53,22 +53,23 @@ def deepen(
     """
     if iterator_kept(model) is not None:
         return None
-    recorded = _recorded(model, place, arguments, call)
-    if recorded is None or _sets_more_than_modes(model) or all(one.holds_in(WAYS) for one in recorded.chain):
+    sets_more = _sets_more_than_modes(model)
+    recorded = _recorded(model, place, arguments, call, sets_more)
+    if recorded is None or sets_more or all(one.holds_in(WAYS) for one in recorded.chain):
         return recorded
     compiled = None
     with as_if_compiled(), suppress(Exception):  # there it may fail, whatever it does elsewhere
-        compiled = _recorded(model, place, arguments, call)
+        compiled = _recorded(model, place, arguments, call, sets_more)
     if compiled is None:
         return recorded
     return recorded.in_ways(("eager", "compiled")) if _alike(recorded, compiled) else recorded.before(compiled)
 
 
-def _recorded(model: nn.Module, place: Any, arguments: dict[str, Any], call: Any) -> Captured | None:
+def _recorded(model: nn.Module, place: Any, arguments: dict[str, Any], call: Any, sets_more: bool) -> Captured | None:
     forced: dict[str, str] = {}
     for _ in range(_TRIES):
         try:
-            return _Session(model, place, arguments, call, forced).recorded()
+            return _Session(model, place, arguments, call, forced, sets_more).recorded()
         except _Again as again:
             if "" in again.forced or not again.forced.keys() - forced.keys():
                 return None
@@ -81,12 +82,14 @@ def _recorded(model: nn.Module, place: Any, arguments: dict[str, Any], call: Any
 class _Session:
     """Everything that is done with one choice of modules to keep whole."""
 
-    def __init__(self, model: nn.Module, place: Any, arguments: Any, call: Any, forced: dict[str, str]) -> None:
-        self.model, self.place, self.arguments, self.call, self.forced = model, place, arguments, call, forced
+    def __init__(
+        self, model: nn.Module, place: Any, arguments: Any, call: Any, forced: dict[str, str], sets_more: bool
+    ) -> None:
+        self.model, self.place, self.arguments, self.call = model, place, arguments, call
+        self.forced, self.sets_more = forced, sets_more
         self.also = global_objects(model)
         self.watches = False
         self.settled = self._settle()
-        self.sets_more = _sets_more_than_modes(model)
 
     def recorded(self) -> Captured:
         first, other = self._recorded_twice(training=True), self._run(training=False)
@@ -144,7 +147,8 @@ class _Session:
         modules = first.ledger.modules | other.ledger.modules
         reads = first.ledger.reads | other.ledger.reads
         with self._borrowed(training=True):
-            remembered = remember(self.model, modules, reads.items(), first.ledger.codes | other.ledger.codes)
+            codes = first.ledger.codes | other.ledger.codes
+            remembered = remember(self.model, modules, reads.items(), codes.values())
         return Captured(graph, first.opaque, remembered, assumed)
 
     def _settle(self) -> tuple[Settled, ...]:

@@ -95,6 +95,7 @@ class Definition(Generic[P]):
         self.__qualname__ = function.__qualname__
         self.__wrapped__ = function
         self.parameters = tuple(self._read_parameters())
+        self._misfits: dict[tuple[object, ...], str | None] = {}
         arguments = [a for a in self.parameters if a.schema != "stream"]
         self.__signature__ = inspect.Signature(
             [
@@ -120,7 +121,18 @@ class Definition(Generic[P]):
         return any(a.schema == "stream" for a in self.parameters)
 
     def misfit(self, effect: Effect, shape: torch.Size, dtype: torch.dtype) -> str | None:
-        """What goes wrong when the formula meets a parameter of this shape, found on the meta device."""
+        """What goes wrong when the formula meets a parameter of this shape, whatever the strength.
+
+        Found on the meta device, and once only where no argument is a tensor.
+        """
+        if any(isinstance(value, Tensor) for value in effect.arguments.values()):
+            return self._try(effect, shape, dtype)
+        case = (*effect.arguments.items(), shape, dtype)
+        if case not in self._misfits:
+            self._misfits[case] = self._try(effect, shape, dtype)
+        return self._misfits[case]
+
+    def _try(self, effect: Effect, shape: torch.Size, dtype: torch.dtype) -> str | None:
         try:
             return self._trial(torch.empty(shape, dtype=dtype, device="meta"), effect)
         except NotImplementedError:

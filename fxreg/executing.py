@@ -58,7 +58,14 @@ _QUESTIONS = {
     time.monotonic: "reads the clock",
 }
 
-
+_CHANGING = {
+    id(vars(nn.Module)[name].__code__): f"calls {name} of a module"
+    for name in (
+        "__delattr__", "register_buffer", "register_parameter", "add_module", "register_forward_hook",
+        "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook", "_apply",
+    )
+}  # fmt: skip
+"""What changes a module, by the identity of its code: replacing methods of nn.Module takes longer than most traces."""
 _FOREIGN: dict[int, types.CodeType] = {}
 """Code of libraries', by identity; kept, so that nothing else gets it."""
 _HASH = torch.Tensor.__hash__.__code__
@@ -73,6 +80,8 @@ def watched(recorder: Any) -> Iterator[None]:
     def enter(frame: types.FrameType, event: str, argument: Any) -> Any:
         if frame.f_code.co_name == "__init__" and recorder.thread and frame.f_code.co_argcount:
             recorder.note_made(frame.f_locals[frame.f_code.co_varnames[0]])
+        if id(frame.f_code) in _CHANGING and recorder.thread:
+            recorder.note_change(frame.f_locals["self"], _CHANGING[id(frame.f_code)])
         if not recorder.thread or _is_foreign(frame.f_globals.get("__name__", "")):
             return None
         recorder.ledger.enters(frame.f_code, frame.f_globals)
@@ -126,16 +135,22 @@ def watched(recorder: Any) -> Iterator[None]:
 
 
 class entering:  # noqa: N801  a context manager, of which there are thousands
-    """Tell of every function of the user's that runs, however it was reached."""
+    """Tell of every function of the user's that runs, however it was reached, and of torch's that change a module."""
 
-    def __init__(self, note: Callable[[types.CodeType, dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        note: Callable[[types.CodeType, dict[str, Any]], None],
+        note_change: Callable[[nn.Module, str], None],
+    ) -> None:
         foreign = _FOREIGN
 
         def enter(frame: types.FrameType, event: str, argument: Any) -> None:
             code = frame.f_code
             if id(code) in foreign:  # nearly all are, and hashing the code itself would take as long as tracing
                 return
-            if _is_foreign(frame.f_globals.get("__name__", "")):
+            if id(code) in _CHANGING:
+                note_change(frame.f_locals["self"], _CHANGING[id(code)])
+            elif _is_foreign(frame.f_globals.get("__name__", "")):
                 foreign[id(code)] = code
             else:
                 note(code, frame.f_globals)
@@ -297,6 +312,8 @@ class _Stack:
     def _loaded(self, position: int) -> tuple[Any, int]:
         """What the instructions up to a position have loaded, and where they start."""
         instruction = self.instructions[position]
+        if self.instructions[position + 1].is_jump_target:  # of `a if c else b`, who knows which
+            return _UNKNOWN, position
         match instruction.opname:
             case "LOAD_CONST":
                 return instruction.argval, position

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .enclosed import defaults, enclosed
+from .enclosed import enclosed, slotted
+from .scanning import is_library
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _NAMED = (type, types.ModuleType, types.BuiltinFunctionType, types.BuiltinMethodType, types.MethodDescriptorType)
@@ -31,9 +32,9 @@ def _frozen(value: Any, around: tuple[int, ...]) -> Any:
     if kind in _SCALARS:
         return value
     if id(value) in around or len(around) > _DEEP:
-        return "..."
+        return ("...",)
     if isinstance(value, _NAMED):
-        return ("named", getattr(value, "__module__", None), getattr(value, "__qualname__", value.__name__))
+        return _by_name(value)
     if isinstance(value, Tensor | nn.Module | fx.Graph):
         return ("a", _name(kind))
     around = (*around, id(value))
@@ -45,8 +46,11 @@ def _frozen(value: Any, around: tuple[int, ...]) -> Any:
     match value:
         case enum.Enum():
             return (_name(kind), value.name)
+        case types.FunctionType() if is_library(value.__module__) and _is_in_its_module(value):
+            return _by_name(value)
         case types.FunctionType():
-            return ("function", *each((value.__code__, enclosed(value), defaults(value))))
+            carried = (value.__code__, enclosed(value), value.__defaults__ or (), value.__kwdefaults__ or {})
+            return ("function", value.__module__, *each(carried))
         case types.CodeType():
             return ("code", value.co_qualname, value.co_code, value.co_names, each(value.co_consts))
         case types.MethodType():
@@ -64,8 +68,17 @@ def _frozen(value: Any, around: tuple[int, ...]) -> Any:
         case _:
             parts = ()
     own = getattr(value, "__dict__", None)
-    attributes = tuple((name, _frozen(one, around)) for name, one in own.items()) if type(own) is dict else ()
+    kept = {**slotted(value), **(own if type(own) is dict else {})}
+    attributes = tuple((name, _frozen(one, around)) for name, one in kept.items())
     return (_name(kind), parts, attributes) if attributes or not parts else (_name(kind), parts)
+
+
+def _by_name(value: Any) -> tuple[str | None, ...]:
+    return ("named", *(getattr(value, name, None) for name in ("__module__", "__qualname__", "__name__")))
+
+
+def _is_in_its_module(function: types.FunctionType) -> bool:
+    return getattr(sys.modules.get(function.__module__), function.__name__, None) is function
 
 
 def _items(value: Any) -> Any:

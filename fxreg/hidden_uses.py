@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .enclosed import defaults, enclosed
+from .enclosed import defaults, enclosed, slotted
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _CLOSED = (str, bytes, int, float, complex, type, types.ModuleType, torch.dtype, torch.device)
@@ -71,5 +71,6 @@ def inside(value: Any) -> Iterator[Any]:
             yield from (*enclosed(value), *defaults(value))
         case nn.Module():
             yield from vars(value).values()
-        case _ if isinstance(getattr(value, "__dict__", None), dict):
-            yield from vars(value).values()
+        case _:
+            yield from slotted(value).values()
+            yield from vars(value).values() if isinstance(getattr(value, "__dict__", None), dict) else ()

@@ -9,12 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-_CHANGES = (
-    "__delattr__", "register_buffer", "register_parameter", "add_module", "register_forward_hook",
-    "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook", "_apply",
-)  # fmt: skip
-
-
 lock = threading.RLock()
 """Whoever patches a class holds it."""
 _PLAIN = frozenset({bool, int, float, str})
@@ -129,7 +123,6 @@ def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
         (nn.Module, "__getattr__", read),
         (nn.Module, "__setattr__", write),
         (nn.Module, "training", property(training, set_training)),
-        *((nn.Module, name, _noting(tracer, vars(nn.Module)[name], f"calls {name} of a module")) for name in _CHANGES),
     ]
 
 
@@ -144,15 +137,6 @@ def _on_questions(tracer: Any) -> list[tuple[Any, str, Any]]:
         (torch.autograd.function, "_is_setup_context_defined", "calls a custom autograd.Function"),
     ]
     return [(owner, name, _refusing(tracer, vars(owner)[name], what)) for owner, name, what in refused]
-
-
-def _noting(tracer: Any, original: Callable[..., Any], what: str) -> Callable[..., Any]:
-    def change(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _ours(tracer):
-            tracer.note_change(module, what)
-        return original(module, *args, **kwargs)
-
-    return change
 
 
 def _refusing(tracer: Any, original: Callable[..., Any], what: str) -> Callable[..., Any]:

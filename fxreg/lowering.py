@@ -72,7 +72,6 @@ class _Lowering:
         for node in self.graph.nodes:
             if node.op in ("get_attr", "call_module") and (place := located(node.target)) != node.target:
                 node.target = place
-        self.graph.lint()
         return RegularizedModule(self.model, self.state, self.graph)
 
     def _check_assumed(self, which: int) -> None:

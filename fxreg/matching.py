@@ -78,7 +78,6 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
     owned = _by_owner(sites)
     classes = {base for kind in {*found_kinds.values()} for cls in kind.classes for base in cls.__mro__}
     unloaded = [kind.name for kind in found_kinds.values() if kind.name and not kind.classes]
-    problems: dict[tuple[object, ...], str | None] = {}
     labels = _labels(rules)
     found = []
     for label, rule in zip(labels, rules, strict=True):
@@ -92,7 +91,7 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
         chosen = tuple(_selected(rule, label, sites, owned))
         if not chosen and not rule.optional:
             raise MatchError(_matched_nothing(label, rule, model, sites))
-        _check_takes(label, rule.effect, chosen, problems)
+        _check_takes(label, rule.effect, chosen)
         found.append(Match(label, rule, chosen))
     _check_conflicts(found)
     return tuple(found)
@@ -240,10 +239,8 @@ def _labels(rules: tuple[Rule, ...]) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def _check_takes(
-    label: str, effect: Effect, sites: tuple[Site, ...], problems: dict[tuple[object, ...], str | None]
-) -> None:
-    """Raise where an effect does not fit; what was found out about the effects before is in `problems`."""
+def _check_takes(label: str, effect: Effect, sites: tuple[Site, ...]) -> None:
+    """Raise where an effect does not fit."""
     alike: dict[tuple[object, ...], Site] = {}
     for site in sites:
         alike.setdefault((site.shape, site.dtype), site)
@@ -254,10 +251,7 @@ def _check_takes(
                 f"rule {label!r}: {effect.name} cannot act on {site.name!r}: it is {what} ({site.dtype}). "
                 f"Leave it out with exclude={site.name!r}."
             )
-        case = (effect.definition, *effect.arguments.items(), site.shape, site.dtype)  # whatever the strength
-        if case not in problems:
-            problems[case] = effect.definition.misfit(effect, site.shape, site.dtype)
-        if problem := problems[case]:
+        if problem := effect.definition.misfit(effect, site.shape, site.dtype):
             raise RuleError(
                 f"rule {label!r}: {effect!r} does not fit {site.name!r} of shape {tuple(site.shape)}: {problem}. "
                 "Mend the effect's arguments, or narrow the rule."

@@ -127,10 +127,14 @@ class State(nn.Module):
                 return False
             self._ask_again(proxy.tracer, arguments, which)
             return True
-        children = model._modules
-        if torch.compiler.is_compiling():
-            children = {name: children[name] for name in self.traceable if name in children}
-        return not captured.is_stale(model, children) and captured.assumed.holds(model, arguments)
+        return not captured.is_stale(model, self.visible(model)) and captured.assumed.holds(model, arguments)
+
+    def visible(self, module: nn.Module) -> dict[str, Any]:
+        """The children of the model, or of the emitted module, that whoever runs this code can look at."""
+        children: dict[str, Any] = module._modules
+        if not torch.compiler.is_compiling():
+            return children
+        return {name: children[name] for name in self.traceable if name in children}
 
     def _ask_again(self, tracer: Any, arguments: tuple[Any, ...], which: int) -> None:
         """Leave the question to the graph that is being traced."""

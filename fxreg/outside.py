@@ -10,7 +10,7 @@ import inspect
 import logging
 import sys
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,9 @@ class Outside:
         return found
 
 
-def read_outside(codes: Mapping[types.CodeType, dict[str, Any]]) -> tuple[Outside, ...]:
+def read_outside(codes: Iterable[tuple[types.CodeType, dict[str, Any]]]) -> tuple[Outside, ...]:
     """What code may read, with its global variables; each once."""
-    found = {(one.module, one.path): one for code, space in codes.items() for one in _read_by(code, space)}
+    found = {(one.module, one.path): one for code, space in codes for one in _read_by(code, space)}
     return tuple(found.values())
 
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .enclosed import defaults, enclosed
+from .enclosed import defaults, enclosed, slots
 
 _OPCODES = {
     "BEFORE_WITH": "enters",
@@ -129,10 +129,14 @@ def global_objects(model: nn.Module) -> tuple[Any, ...]:
     for function in {f for module in model.modules() for f in functions_of(module)}:
         for name in _names(function.__code__):
             value = function.__globals__.get(name)
-            if isinstance(value, _MUTABLE) or (hasattr(value, "__dict__") and not _is_library(type(value))):
+            if isinstance(value, _MUTABLE) or (_has_attributes(value) and not _is_library(type(value))):
                 found[id(value)] = value
     inert = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, nn.Module)
     return tuple(value for value in found.values() if not isinstance(value, inert))
+
+
+def _has_attributes(value: object) -> bool:
+    return hasattr(value, "__dict__") or bool(slots(type(value)))
 
 
 def functions_of(module: nn.Module) -> tuple[types.FunctionType, ...]:

@@ -30,7 +30,7 @@ class Ledger:
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.reads: dict[tuple[str, str, str], Any] = {}
-        self.codes: dict[types.CodeType, dict[str, Any]] = {}
+        self.codes: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}  # by identity: equal is not same
         self._running: dict[str, nn.Module] = {}
 
     def traced(self, path: str, module: nn.Module) -> None:
@@ -39,7 +39,7 @@ class Ledger:
 
     def enters(self, code: types.CodeType, space: dict[str, Any]) -> None:
         """Code of the user's runs, with its global variables."""
-        self.codes.setdefault(code, space)
+        self.codes.setdefault((id(code), id(space)), (code, space))
 
     def read(self, reader: str, path: str, name: str, value: Any) -> None:
         """The traced forward of `reader` read an attribute of the module at `path`."""
@@ -81,6 +81,8 @@ class Ledger:
             if changes_containers(functions):
                 changing += module.modules()
                 hooks += own
+        if not names and not changing and not hooks:
+            return {}
         owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), nn.Module)]
         shared = Snapshot([*changing, *owners], also=hooks)
         kept = state.names() | {name for _, _, name in self.reads} | class_attributes(self.modules.values())

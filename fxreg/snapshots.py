@@ -9,14 +9,14 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from .enclosed import enclosed
+from .enclosed import enclosed, slots, slotted
 from .scanning import global_objects, mentioned_names
 
 _INERT = (
@@ -24,7 +24,8 @@ _INERT = (
     torch.dtype, torch.device, torch.Size, fx.Graph, logging.Manager,
 )  # fmt: skip
 _CONTAINERS = (dict, list, set, collections.deque)
-_EXACT_CONTAINERS = frozenset({*_CONTAINERS, collections.OrderedDict})
+_EXACT_DICTS = (dict, collections.OrderedDict)
+_EXACT_CONTAINERS = frozenset({*_CONTAINERS, *_EXACT_DICTS})
 _LEAVES = frozenset({*_INERT, logging.Logger})  # a logger's levels are none of the model's; those of a class may be
 _TENSORS = frozenset({Tensor, nn.Parameter})
 
@@ -62,7 +63,7 @@ class Snapshot:
             before = _state(value)
             if before is not None:
                 self._held[id(value)] = (value, before)
-            for inner in _parts(value) if isinstance(value, dict) else _inside(value):
+            for inner in before.values() if type(value) in _EXACT_DICTS else _inside(value):
                 kind, identity = type(inner), id(inner)
                 if kind in passed or identity in self._found_in or identity in self._roots:
                     continue
@@ -79,8 +80,8 @@ class Snapshot:
     def names(self) -> set[str]:
         """The name of every attribute, parameter and child of what is remembered."""
         found: set[str] = set()
-        for identity, (_, before) in self._held.items():
-            of_object = self._found_in.get(identity, identity) not in self._held
+        for identity, (value, before) in self._held.items():
+            of_object = self._found_in.get(identity, identity) not in self._held or not isinstance(value, dict)
             if isinstance(before, dict) and (self._roots.get(identity) or of_object):
                 registries = (before.get(name) for name in ("_modules", "_parameters", "_buffers"))
                 found.update(before, *(one for one in registries if isinstance(one, dict)))
@@ -161,25 +162,20 @@ def _state(value: Any) -> Any:
             return value.bit_generator.state
         case _ if numpy is not None and isinstance(value, numpy.random.RandomState):
             return value.get_state(legacy=False)
-    return None
+    return slotted(value) if slots(type(value)) else None
 
 
-def _items(value: dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
+def _items(value: dict[Any, Any]) -> Collection[tuple[Any, Any]]:
     """What is in a dict, however its class would look it up: some make what they give."""
     kind: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
-    return cast("Iterable[tuple[Any, Any]]", kind.items(value))
-
-
-def _parts(value: dict[Any, Any]) -> Iterator[Any]:
-    """What is in a dict; of one of a class of its own, its attributes as well."""
-    yield from (one for _, one in _items(value))
-    if type(value) not in _EXACT_CONTAINERS and isinstance(getattr(value, "__dict__", None), dict):
-        yield vars(value)
+    return cast("Collection[tuple[Any, Any]]", kind.items(value))
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """What a value that is no dict refers to, and could be changed through it."""
+    """What a value refers to, and could be changed through it."""
     match value:
+        case dict():
+            yield from (one for _, one in _items(value))
         case Tensor():
             return
         case list() | set() | collections.deque() | tuple() | frozenset():
@@ -190,6 +186,8 @@ def _inside(value: Any) -> Iterator[Any]:
             yield value.__self__
         case types.FunctionType():
             yield from enclosed(value)
+        case _:
+            yield from slotted(value).values()
     if not isinstance(value, types.FunctionType | types.MethodType) and isinstance(
         getattr(value, "__dict__", None), dict
     ):
@@ -197,17 +195,21 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def _same(now: Any, before: Any) -> bool:
-    if isinstance(now, dict):
-        pairs = zip(_items(now), before.items(), strict=False)
-        return len(now) == len(before) and all(k is j and one is other for (k, one), (j, other) in pairs)
+    if isinstance(before, dict) and not hasattr(now, "bit_generator"):
+        kept = dict(_items(now)) if isinstance(now, dict) else slotted(now)
+        return len(kept) == len(before) and _are(kept, before) and _are(kept.values(), before.values())
     if isinstance(now, _CONTAINERS):
-        return len(now) == len(before) and all(map(operator.is_, now, before))
+        return len(now) == len(before) and _are(now, before)
     if isinstance(now, Tensor | torch.Generator):
         with torch._C.DisableTorchFunction():
             return torch.equal(_state(now) if isinstance(now, torch.Generator) else now.detach(), before)
     if type(before).__module__ == "numpy":
         return bool(now.shape == before.shape and now.tobytes() == before.tobytes())
     return repr(_state(now)) == repr(before)
+
+
+def _are(now: Iterable[Any], before: Iterable[Any]) -> bool:
+    return all(map(operator.is_, now, before))
 
 
 def _put_back(now: Any, before: Any) -> None:
@@ -232,6 +234,11 @@ def _put_back(now: Any, before: Any) -> None:
             now.bit_generator.state = before
         case _ if hasattr(now, "set_state"):
             now.set_state(before)
+        case _ if isinstance(before, dict):
+            for name in slotted(now).keys() - before.keys():
+                object.__delattr__(now, name)
+            for name, value in before.items():
+                object.__setattr__(now, name, value)
         case _:
             now[...] = before
 

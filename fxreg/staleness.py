@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from .errors import CaptureError
 from .freezing import frozen
+from .guarding import is_as_frozen
 from .outside import Outside, read_outside
 from .side_channels import HOOKS
 from .structure import PLAIN, alike
@@ -44,7 +45,7 @@ def remember(
     root: nn.Module,
     modules: Mapping[str, nn.Module] | None = None,
     reads: Iterable[tuple[tuple[str, str, str], Any]] = (),
-    codes: Mapping[types.CodeType, dict[str, Any]] | None = None,
+    codes: Iterable[tuple[types.CodeType, dict[str, Any]]] = (),
 ) -> tuple[Remembered, ...]:
     """What to compare later: of the root, of the traced modules by path, and of what they, or code, read."""
     modules = modules or {}
@@ -63,7 +64,7 @@ def remember(
             _own_parameters(modules.get(path, root if not path else None)),
             _hooks(modules[path]) if path in modules else (),
             _children(modules[path]) if path in modules else (),
-            () if path else read_outside(codes or {}),
+            () if path else read_outside(codes),
         )
         for path, found in values.items()
     )
@@ -127,36 +128,12 @@ def _guarded_difference(module: nn.Module, then: Remembered, values: bool) -> st
         return "has other parameters"
     for name, value in then.values if values else ():
         now: object = getattr(module, name, ...)
-        if not _guarded_alike(now, value):
+        if not is_as_frozen(now, value):
             return f"has another {name!r}"
     for outside in then.outside if values else ():
-        if not _guarded_alike(outside.now(), outside.value):
+        if not is_as_frozen(outside.now(), outside.value):
             return f"reads {outside.name!r}, which is another now"
     return None
-
-
-def _guarded_alike(now: Any, then: Any, depth: int = 3) -> bool:
-    """Whether a value is as it was frozen, as far as plain values in lists, dicts and attributes go."""
-    if isinstance(then, PLAIN):
-        return type(now) is type(then) and bool(now == then)
-    if depth == 0 or len(then) not in (2, 3) or not isinstance(then[1], tuple):
-        return True
-    if isinstance(now, list | tuple):
-        if len(now) != len(then[1]):
-            return False
-        for one, before in zip(now, then[1], strict=True):
-            if not _guarded_alike(one, before, depth - 1):
-                return False
-    elif isinstance(now, dict):
-        if len(now) != len(then[1]):
-            return False
-        for key, before in then[1]:
-            if isinstance(key, PLAIN) and (key not in now or not _guarded_alike(now[key], before, depth - 1)):
-                return False
-    for name, before in then[2] if len(then) == 3 else ():
-        if not _guarded_alike(getattr(now, name, ...), before, depth - 1):
-            return False
-    return True
 
 
 def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None:

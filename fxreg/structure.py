@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree  # private by name only: what torch.export and torch.func document
 
-from .enclosed import defaults, enclosed
+from .enclosed import defaults, enclosed, slotted
 from .errors import CaptureError
 
 _INERT = (
@@ -190,7 +190,7 @@ def _holds_none_of(leaves: tuple[type, ...], value: Any, depth: int = 4) -> bool
     inside: list[Any] = []
     if type(value) not in (dict, list, tuple, set, frozenset):  # Dynamo's guards fail on their missing __dict__
         inside += getattr(value, "__dict__", {}).values()
-        inside += [getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)]
+        inside += slotted(value).values()
     if isinstance(value, dict):
         inside += value.values()
     elif isinstance(value, list | tuple | set | frozenset):
@@ -199,12 +199,6 @@ def _holds_none_of(leaves: tuple[type, ...], value: Any, depth: int = 4) -> bool
         if not _holds_none_of(leaves, one, depth - 1):
             return False
     return True
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _slots(kind: type) -> tuple[str, ...]:
-    names = (name for base in kind.__mro__ for name in getattr(base, "__slots__", ()))
-    return tuple(name for name in names if isinstance(name, str))
 
 
 def is_record(value: Any) -> bool:

@@ -72,7 +72,7 @@ class SoundTracer(fx.Tracer):
         self._paths = {module: path for path, module in reversed([*root.named_modules(remove_duplicate=False)])}
         self.thread = threading.get_ident()
         self._poison: str | None = None
-        self._codes: dict[types.CodeType, str | None] = {}
+        self._says: dict[tuple[int, int], tuple[str | None, bool]] = {}  # of code and its globals, by identity
         self._asked_none = False
         self._opaque_results: dict[fx.Node, str] = {}
         self._asked_type: set[fx.Node] = set()
@@ -100,11 +100,12 @@ class SoundTracer(fx.Tracer):
 
     def _enters(self, code: types.CodeType, space: dict[str, Any]) -> None:
         """Some function of the user's is about to run: what its code says decides whether it may."""
-        if code not in self._codes:
-            self._codes[code] = code_reason(code, space)
-        self.ledger.enters(code, space)
-        self._poison = self._poison or self._codes[code]
-        self._asked_none = self._asked_none or code_asks_for_none(code)
+        says = self._says.get((id(code), id(space)))
+        if says is None:
+            says = self._says[id(code), id(space)] = (code_reason(code, space), code_asks_for_none(code))
+            self.ledger.enters(code, space)
+        self._poison = self._poison or says[0]
+        self._asked_none = self._asked_none or says[1]
 
     def claimed_type(self, value: TracedValue) -> type:
         if value.node.op != "placeholder":
@@ -283,7 +284,7 @@ class SoundTracer(fx.Tracer):
         self._scope.append((path, {**self._scope[-1][1], path: (path, type(module))}))
         self.ledger.traced(path, module)
         try:
-            with entering(self._enters):
+            with entering(self._enters, self.note_change):
                 result = run(*args, **kwargs)
             self.check_poison()
             if self._watches and (changed := self._put_back(reach)):

@@ -48,10 +48,8 @@ def _is_eager_training(module: nn.Module) -> bool:
 
 def _refuse_changed(module: nn.Module, args: Any) -> None:
     state = state_of(module)
-    check: Any = check_unchanged
-    children: dict[str, Any] = module._modules
-    if torch.compiler.is_compiling():
-        check, children = check_guarded, {name: children[name] for name in state.traceable}
+    check = check_guarded if torch.compiler.is_compiling() else check_unchanged
+    children = state.visible(module)
     # A recording of other attributes is left aside: there is another graph for them.
     for one in state.captured.chain:
         if one.holds_in((way(),)):

@@ -740,6 +740,55 @@ class Counter(Net):
         return self.fc(x) * self.w * self.n
 
 
+class Slotted:
+    __slots__ = ("__n", "last")
+
+    def __init__(self) -> None:
+        self.__n = 0
+
+    def count(self) -> int:
+        self.__n += 1
+        return self.__n
+
+    def counted(self) -> int:
+        return self.__n
+
+
+@case("a counter in a slot", state=lambda m: m.slotted.counted())
+class CounterInSlot(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slotted = Slotted()
+
+    def forward(self, x: Tensor) -> Any:
+        self.slotted.last = x
+        return self.fc(x) * self.w * self.slotted.count()
+
+
+class Owner:
+    def __init__(self) -> None:
+        self.n = 0
+
+
+settings.owner = Owner()  # which is no global variable of any function's
+
+
+@case(
+    "a write to one of two objects",
+    state=lambda m: settings.owner.n,
+    reset=lambda: setattr(settings.owner, "n", 0),
+)
+class WritesOneOfTwo(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_kept = True
+
+    def forward(self, x: Tensor) -> Any:
+        made = Owner()
+        (settings.owner if self.is_kept else made).n = x.shape[0]
+        return self.fc(x) * self.w
+
+
 @case("a counter written past the class", state=lambda m: m.n)
 class CounterInDict(Counter):
     def forward(self, x: Tensor) -> Tensor:

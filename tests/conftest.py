@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from torch import fx
+
+from fxreg.module import RegularizedModule
 
 torch.set_num_threads(1)  # the workers share the cores
 
@@ -16,6 +19,18 @@ settings.load_profile("fxreg")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _graphs_are_well_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every graph that a test emits is checked, which costs a user too much."""
+    set_graph = RegularizedModule._set_graph
+
+    def checked(self: RegularizedModule, graph: fx.Graph) -> None:
+        graph.lint()
+        set_graph(self, graph)
+
+    monkeypatch.setattr(RegularizedModule, "_set_graph", checked)
 
 
 @pytest.fixture(autouse=True)

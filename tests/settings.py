@@ -19,3 +19,11 @@ class Doubling:
         return x * 2 if type(x) is Tensor else x
 
     __call__ = of
+
+
+def twice(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def thrice(x: Tensor) -> Tensor:
+    return x * 3

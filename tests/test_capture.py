@@ -651,7 +651,14 @@ def _defaulting_to(value: Any) -> Callable[[], Any]:
     return read
 
 
-@pytest.mark.parametrize("hide", [lambda w: collections.deque([w]), _closing_over, _defaulting_to])
+class _InSlot:
+    __slots__ = ("kept",)
+
+    def __init__(self, value: Any) -> None:
+        self.kept = value
+
+
+@pytest.mark.parametrize("hide", [lambda w: collections.deque([w]), _closing_over, _defaulting_to, _InSlot])
 def test_a_transformed_parameter_that_is_also_held_elsewhere_is_refused(hide: Callable[[nn.Parameter], Any]) -> None:
     model = nn.Linear(3, 2)
     model.hidden = hide(model.weight)

@@ -1,6 +1,8 @@
 """Global variables that a forward reads: a graph never goes on with what they were."""
 
 import pickle
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -92,6 +94,29 @@ def test_a_variable_that_changed_is_noticed(
     CASES[make](monkeypatch)
     with pytest.raises(fxreg.CaptureError, match="which is another now"):
         called(ROW)
+
+
+SOURCE = """
+class Scaled(Layer):
+    def forward(self, x):
+        return self.linear(x) * NUMBER
+"""
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_equal_code_of_two_modules_reads_the_variables_of_each(changed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [types.ModuleType(f"one_of_two_{i}") for i in range(2)]
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        vars(module).update(Layer=Layer, NUMBER=2.0)
+        exec(compile(SOURCE, module.__name__, "exec"), vars(module))
+    model = nn.Sequential(*(module.Scaled() for module in modules))
+    gm = fxreg.transform(model, L1)
+    assert not fxreg.explain(gm).opaque
+    torch.testing.assert_close(gm(ROW), model(ROW), rtol=0, atol=0)
+    vars(modules[changed])["NUMBER"] = 3.0
+    with pytest.raises(fxreg.CaptureError, match=f"one_of_two_{changed}.NUMBER"):
+        gm(ROW)
 
 
 class Odd(Number):

@@ -1,0 +1,132 @@
+"""Attributes that a graph holds as they were: another one is noticed, in eager mode and in compiled code."""
+
+import dataclasses
+import enum
+import functools
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxreg
+
+from . import settings
+
+L1 = fxreg.Rule(fxreg.l1(0.01))
+ROW = torch.ones(2, 4)
+
+
+class Mode(enum.Enum):
+    A = 1
+    B = 2
+
+
+class Scale:
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+class Doubling(Scale):
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.by * 2
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    by: float
+
+
+class Cyclic:
+    def __init__(self, by: float) -> None:
+        self.by = by
+        self.other = Scale(1.0)
+        self.other.owner = self
+
+
+def scaling(by: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * by
+
+
+def defaulting(by: float) -> Callable[[Tensor], Tensor]:
+    def scaled(x: Tensor, by: float = by) -> Tensor:
+        return x * by
+
+    return scaled
+
+
+def naming(by: float) -> Callable[[Tensor], Tensor]:
+    def scaled(x: Tensor, *, by: float = by) -> Tensor:
+        return x * by
+
+    return scaled
+
+
+def nested(by: float) -> Callable[[Tensor], Tensor]:
+    """A function whose inner code is all that differs."""
+    if by == 2.0:
+        return lambda x: torch.stack([y * 2.0 for y in (x,)])
+    return lambda x: torch.stack([y * 3.0 for y in (x,)])
+
+
+CASES: dict[str, tuple[Any, Any, Callable[[Any, Tensor], Tensor]]] = {
+    "number": (2.0, 3.0, lambda value, x: x * value),
+    "type of number": (1, True, lambda value, x: x if isinstance(value, bool) else -x),
+    "enum": (Mode.A, Mode.B, lambda value, x: x if value == Mode.A else -x),
+    "class": (list, dict, lambda value, x: x if isinstance(value(), list) else -x),
+    "function of torch": (F.relu, F.silu, lambda value, x: value(x)),
+    "function with variants": (F.max_pool1d, F.avg_pool1d, lambda value, x: value(x, 2)),
+    "builtin": (torch.tanh, torch.sigmoid, lambda value, x: value(x)),
+    "function": (settings.twice, settings.thrice, lambda value, x: value(x)),
+    "inner code": (nested(2.0), nested(3.0), lambda value, x: value(x)),
+    "closure": (scaling(2.0), scaling(3.0), lambda value, x: value(x)),
+    "default": (defaulting(2.0), defaulting(3.0), lambda value, x: value(x)),
+    "keyword default": (naming(2.0), naming(3.0), lambda value, x: value(x)),
+    "partial": (functools.partial(torch.mul, other=2.0), functools.partial(torch.mul, other=3.0), lambda v, x: v(x)),
+    "function of partial": (functools.partial(torch.mul, other=2.0), functools.partial(torch.add, other=2.0),
+                            lambda value, x: value(x)),
+    "method": (Scale(2.0).apply, Scale(3.0).apply, lambda value, x: value(x)),
+    "class of an object": (Scale(2.0), Doubling(2.0), lambda value, x: value.apply(x)),
+    "object": (Scale(2.0), Scale(3.0), lambda value, x: value.apply(x)),
+    "slots": (Slotted(2.0), Slotted(3.0), lambda value, x: x * value.by),
+    "cycle": (Cyclic(2.0), Cyclic(3.0), lambda value, x: x * value.by),
+    "list": ([2.0, [1.0]], [2.0, [3.0]], lambda value, x: x * value[1][0]),
+    "kind of sequence": ([2.0], (2.0,), lambda value, x: x if isinstance(value, list) else -x),
+    "deque": (deque([2.0]), deque([3.0]), lambda value, x: x * value[0]),
+    "dict": ({"k": (2.0,)}, {"k": (3.0,)}, lambda value, x: x * value["k"][0]),
+    "functions in a list": ([F.relu], [F.silu], lambda value, x: value[0](x)),
+    "None": (None, 2.0, lambda value, x: x if value is None else x * value),
+}  # fmt: skip
+
+
+class Layer(nn.Module):
+    def __init__(self, value: Any, use: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.value = value
+        self.__dict__["use"] = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.value, self.linear(x))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_another_value_is_noticed(name: str, is_compiled: bool) -> None:
+    torch.compiler.reset()
+    before, after, use = CASES[name]
+    model = Layer(before, use)
+    gm = fxreg.transform(model, L1)
+    assert not fxreg.explain(gm).opaque
+    called: Any = torch.compile(gm, backend="eager", fullgraph=True) if is_compiled else gm
+    for _ in range(2):
+        torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
+    model.value = after
+    with pytest.raises(Exception, match="the model changed since it was captured: it has another 'value'"):
+        called(ROW)
