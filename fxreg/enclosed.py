@@ -1,5 +1,6 @@
-"""What functions and objects carry with them."""
+"""What functions, objects and dicts carry with them, past what their classes make of it."""
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,12 @@ def enclosed(function: Callable[..., Any]) -> list[Any]:
 def defaults(function: Callable[..., Any]) -> list[Any]:
     """The defaults of a function's arguments, positional and keyword."""
     return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def entries(value: dict[Any, Any]) -> dict[Any, Any]:
+    """What is in a dict, in its order, however its class would look it up."""
+    kind: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+    return dict(kind.items(value))
 
 
 def slotted(value: Any) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .enclosed import enclosed, slotted
+from .enclosed import enclosed, entries, slotted
 from .scanning import is_library
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-_NAMED = (type, types.ModuleType, types.BuiltinFunctionType, types.BuiltinMethodType, types.MethodDescriptorType)
+SCALARS = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size)
+NAMED = (type, types.ModuleType, types.BuiltinFunctionType, types.BuiltinMethodType, types.MethodDescriptorType)
 _DEEP = 8
 
 
@@ -29,11 +29,11 @@ def frozen(value: Any) -> Any:
 
 def _frozen(value: Any, around: tuple[int, ...]) -> Any:
     kind = type(value)
-    if kind in _SCALARS:
+    if kind in SCALARS:
         return value
     if id(value) in around or len(around) > _DEEP:
         return ("...",)
-    if isinstance(value, _NAMED):
+    if isinstance(value, NAMED):
         return _by_name(value)
     if isinstance(value, Tensor | nn.Module | fx.Graph):
         return ("a", _name(kind))
@@ -60,9 +60,10 @@ def _frozen(value: Any, around: tuple[int, ...]) -> Any:
         case list() | tuple() | deque():
             parts: Any = each(value)
         case Mapping():
-            parts = tuple((_frozen(key, around), _frozen(one, around)) for key, one in _items(value))
+            inside = entries(value) if isinstance(value, dict) else value
+            parts = tuple((_frozen(key, around), _frozen(one, around)) for key, one in inside.items())
         case Set():
-            parts = tuple(sorted(map(repr, each(value))))
+            parts = tuple(sorted(each(value), key=repr))
         case _ if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
             return (_name(kind), str(value.dtype), value.shape, value.tobytes())
         case _:
@@ -79,11 +80,6 @@ def _by_name(value: Any) -> tuple[str | None, ...]:
 
 def _is_in_its_module(function: types.FunctionType) -> bool:
     return getattr(sys.modules.get(function.__module__), function.__name__, None) is function
-
-
-def _items(value: Any) -> Any:
-    """What is in a mapping, past what its class makes of it."""
-    return dict.items(value) if isinstance(value, dict) else value.items()
 
 
 def _name(kind: type) -> str:

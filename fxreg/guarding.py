@@ -15,7 +15,7 @@ _DEEP = 6
 def is_as_frozen(now: Any, then: Any, depth: int = _DEEP) -> bool:
     """Whether a value is as `freezing.frozen` found it, some levels down.
 
-    Of arrays and sets only the type is compared; of tensors and modules nothing.
+    Of arrays, and of what is not plain in sets, only the type is compared; of tensors and modules nothing.
     """
     if isinstance(then, PLAIN):
         return type(now) is type(then) and bool(now == then)
@@ -33,6 +33,8 @@ def is_as_frozen(now: Any, then: Any, depth: int = _DEEP) -> bool:
         carried = [now.__code__, enclosed(now), tuple(now.__defaults__ or ()), now.__kwdefaults__ or {}]
         return _are(carried, then[2:], depth)
     if tag == "code":
+        if not isinstance(now, types.CodeType):
+            return False
         return now.co_qualname == then[1] and now.co_code == then[2] and _are(now.co_consts, then[4], depth)
     if tag == "method":
         return isinstance(now, types.MethodType) and _are([now.__func__, now.__self__], then[1:], depth)
@@ -50,11 +52,17 @@ def _holds(now: Any, then: Any, depth: int) -> bool:
     if isinstance(now, list | tuple | deque):
         if not _are(now, then[1], depth):
             return False
+    elif isinstance(now, set | frozenset):
+        if len(now) != len(then[1]):
+            return False
+        for before in then[1]:
+            if isinstance(before, PLAIN) and before not in now:
+                return False
     elif isinstance(now, dict):
         if len(now) != len(then[1]):
             return False
-        for key, before in then[1]:
-            if isinstance(key, PLAIN) and (key not in now or not is_as_frozen(now[key], before, depth - 1)):
+        for key, (then_key, before) in zip(now, then[1], strict=True):
+            if isinstance(then_key, PLAIN) and (key != then_key or not is_as_frozen(now[key], before, depth - 1)):
                 return False
     for name, before in then[2] if len(then) == 3 else ():
         if not is_as_frozen(getattr(now, name, ...), before, depth - 1):

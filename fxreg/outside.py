@@ -21,7 +21,7 @@ from .scanning import is_library
 from .structure import PLAIN
 
 _MISSING = object()
-_NEVER = (Tensor, nn.Module, logging.Logger, types.FunctionType, types.BuiltinFunctionType, types.GenericAlias)
+_NEVER = (Tensor, nn.Module, logging.Logger, types.BuiltinFunctionType, types.GenericAlias)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def _read_by(code: types.CodeType, space: dict[str, Any]) -> Iterator[Outside]:
         if type(value) in PLAIN:
             yield Outside(module, (name,), value)
             continue
+        if isinstance(value, types.FunctionType) and not is_library(value.__module__):
+            yield _code_of(module, value, name)
         if value is _MISSING or isinstance(value, _NEVER) or _is_of_library(value):
             continue
         if hasattr(value, "__dict__"):
@@ -73,8 +75,14 @@ def _read_by(code: types.CodeType, space: dict[str, Any]) -> Iterator[Outside]:
                 kept = inspect.getattr_static(value, attribute, _MISSING)
                 if type(kept) in PLAIN:
                     yield Outside(module, (name, attribute), kept)
+                elif isinstance(kept, types.FunctionType) and isinstance(value, types.ModuleType):
+                    yield _code_of(module, kept, name, attribute)
         if not isinstance(value, type | types.ModuleType) and not _is_installed(module):
             yield Outside(module, (name,), frozen(value))
+
+
+def _code_of(module: str, function: types.FunctionType, *path: str) -> Outside:
+    return Outside(module, (*path, "__code__"), frozen(function.__code__))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,14 +9,14 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .enclosed import enclosed, slots, slotted
+from .enclosed import enclosed, entries, slots, slotted
 from .scanning import global_objects, mentioned_names
 
 _INERT = (
@@ -144,7 +144,7 @@ def _can_be_compared(tensor: Tensor) -> bool:
 def _state(value: Any) -> Any:
     """A copy of what is mutable in a value itself; None where nothing is."""
     if isinstance(value, dict):
-        return dict(_items(value))
+        return entries(value)
     numpy = sys.modules.get("numpy")
     match value:
         case list() | set() | collections.deque():
@@ -165,17 +165,11 @@ def _state(value: Any) -> Any:
     return slotted(value) if slots(type(value)) else None
 
 
-def _items(value: dict[Any, Any]) -> Collection[tuple[Any, Any]]:
-    """What is in a dict, however its class would look it up: some make what they give."""
-    kind: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
-    return cast("Collection[tuple[Any, Any]]", kind.items(value))
-
-
 def _inside(value: Any) -> Iterator[Any]:
     """What a value refers to, and could be changed through it."""
     match value:
         case dict():
-            yield from (one for _, one in _items(value))
+            yield from entries(value).values()
         case Tensor():
             return
         case list() | set() | collections.deque() | tuple() | frozenset():
@@ -196,7 +190,7 @@ def _inside(value: Any) -> Iterator[Any]:
 
 def _same(now: Any, before: Any) -> bool:
     if isinstance(before, dict) and not hasattr(now, "bit_generator"):
-        kept = dict(_items(now)) if isinstance(now, dict) else slotted(now)
+        kept = entries(now) if isinstance(now, dict) else slotted(now)
         return len(kept) == len(before) and _are(kept, before) and _are(kept.values(), before.values())
     if isinstance(now, _CONTAINERS):
         return len(now) == len(before) and _are(now, before)

@@ -3,7 +3,7 @@
 import inspect
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .guarding import is_as_frozen
 from .outside import Outside, read_outside
 from .side_channels import HOOKS
 from .structure import PLAIN, alike
+from .witnesses import Witness
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Remembered:
             done around it.
         children: the names of its children, and of those in its lists and dicts of modules.
         outside: of the root, what all traced code reads outside the modules.
+        witness: has seen the values.
     """
 
     path: tuple[str, ...]
@@ -39,6 +41,7 @@ class Remembered:
     hooks: tuple[Any, ...] | None = ()
     children: tuple[Any, ...] = ()
     outside: tuple[Outside, ...] = ()
+    witness: Witness = field(default_factory=Witness, compare=False, repr=False)
 
 
 def remember(
@@ -120,14 +123,18 @@ def _guarded_difference(module: nn.Module, then: Remembered, values: bool) -> st
             return "got a forward of its own instance"
         if values and then.hooks is not None:
             for kind, hooks in zip(HOOKS, then.hooks, strict=True):
-                if len(getattr(module, kind)) != len(hooks):
+                now: Any = list(getattr(module, kind).values())
+                if len(now) != len(hooks):
                     return "has other hooks"
+                for one, before in zip(now, hooks, strict=True):
+                    if not is_as_frozen(one, before):
+                        return "has other hooks"
         if len(module._modules) != len(then.children):
             return "has other children"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
     for name, value in then.values if values else ():
-        now: object = getattr(module, name, ...)
+        now = getattr(module, name, ...)
         if not is_as_frozen(now, value):
             return f"has another {name!r}"
     for outside in then.outside if values else ():
@@ -153,11 +160,11 @@ def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
     for name, value in then.values if values else ():
-        now = frozen(own[name] if name in own else getattr(module, name, ...))
-        if not alike(now, value):
+        now = own[name] if name in own else getattr(module, name, ...)
+        if not then.witness.agrees(name, now, value):
             return f"has another {name!r}"
     for outside in then.outside if values else ():
-        if not alike(frozen(outside.now()), outside.value):
+        if not then.witness.agrees(outside.name, outside.now(), outside.value):
             return f"reads {outside.name!r}, which is another now"
     return None
 

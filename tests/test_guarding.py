@@ -3,10 +3,11 @@
 import dataclasses
 import enum
 import functools
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,8 @@ class Slotted:
 class Cyclic:
     def __init__(self, by: float) -> None:
         self.by = by
-        self.other = Scale(1.0)
-        self.other.owner = self
+        other: Any = Scale(1.0)
+        self.other, other.owner = other, self
 
 
 def scaling(by: float) -> Callable[[Tensor], Tensor]:
@@ -99,6 +100,7 @@ CASES: dict[str, tuple[Any, Any, Callable[[Any, Tensor], Tensor]]] = {
     "list": ([2.0, [1.0]], [2.0, [3.0]], lambda value, x: x * value[1][0]),
     "kind of sequence": ([2.0], (2.0,), lambda value, x: x if isinstance(value, list) else -x),
     "deque": (deque([2.0]), deque([3.0]), lambda value, x: x * value[0]),
+    "set": ({"a"}, {"b"}, lambda value, x: x if "a" in value else -x),
     "dict": ({"k": (2.0,)}, {"k": (3.0,)}, lambda value, x: x * value["k"][0]),
     "functions in a list": ([F.relu], [F.silu], lambda value, x: value[0](x)),
     "None": (None, 2.0, lambda value, x: x if value is None else x * value),
@@ -109,10 +111,11 @@ class Layer(nn.Module):
     def __init__(self, value: Any, use: Any) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
-        self.value = value
+        self.value: Any = value
+        self.use: Any
         self.__dict__["use"] = use
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.use(self.value, self.linear(x))
 
 
@@ -130,3 +133,90 @@ def test_another_value_is_noticed(name: str, is_compiled: bool) -> None:
     model.value = after
     with pytest.raises(Exception, match="the model changed since it was captured: it has another 'value'"):
         called(ROW)
+
+
+def rebinding() -> Callable[..., Tensor]:
+    by = 2.0
+
+    def scaled(x: Tensor, new: float | None = None) -> Any:
+        return x * by
+
+    def rebind(new: float) -> None:
+        nonlocal by
+        by = new
+
+    scaled.rebind = rebind  # type: ignore[attr-defined]
+    return scaled
+
+
+def called(value: Any, x: Tensor) -> Any:
+    return value(x)
+
+
+INSIDE: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any, Tensor], Any]]] = {
+    "attribute": (lambda: Scale(2.0), lambda value: setattr(value, "by", 3.0), lambda value, x: x * value.by),
+    "new attribute": (lambda: Scale(2.0), lambda value: setattr(value, "of", 3.0),
+                      lambda value, x: x * getattr(value, "of", 1.0)),
+    "dictionary": (lambda: Scale(2.0), lambda value: setattr(value, "__dict__", {"by": 3.0}),
+                   lambda value, x: x * value.by),
+    "class": (lambda: Scale(2.0), lambda value: setattr(value, "__class__", Doubling),
+              lambda value, x: value.apply(x)),
+    "slot": (lambda: Slotted(2.0), lambda value: setattr(value, "by", 3.0), lambda value, x: x * value.by),
+    "cycle": (lambda: Cyclic(2.0), lambda value: setattr(value.other.owner, "by", 3.0), lambda value, x: x * value.by),
+    "method": (lambda: Scale(2.0).apply, lambda value: setattr(value.__self__, "by", 3.0), called),
+    "list": (lambda: [2.0], lambda value: value.__setitem__(0, 3.0), lambda value, x: x * value[0]),
+    "length": (lambda: [2.0], lambda value: value.append(3.0), lambda value, x: x * len(value)),
+    "deque": (lambda: deque([2.0]), lambda value: value.append(3.0), lambda value, x: x * len(value)),
+    "set": (lambda: {2.0}, lambda value: value.add(3.0), lambda value, x: x * len(value)),
+    "dict": (lambda: {"k": [2.0]}, lambda value: value["k"].__setitem__(0, 3.0), lambda value, x: x * value["k"][0]),
+    "order": (lambda: OrderedDict(a=2.0, b=3.0), lambda value: value.move_to_end("a"),
+              lambda value, x: x * next(iter(value.values()))),
+    "array": (lambda: np.ones(2), lambda value: value.__setitem__(0, 3.0), lambda value, x: x * float(value[0])),
+    "partial": (lambda: functools.partial(torch.mul, other=2.0), lambda value: value.keywords.update(other=3.0),
+                called),
+    "closure": (rebinding, lambda value: value.rebind(3.0), called),
+}  # fmt: skip
+EAGER_ONLY = {"array", "order", "new attribute"}
+"""What compiled code does not compare."""
+
+
+@pytest.mark.parametrize(
+    ("name", "is_compiled"),
+    [(name, is_compiled) for name in INSIDE for is_compiled in ([False] if name in EAGER_ONLY else [False, True])],
+)
+def test_a_change_inside_a_value_is_noticed(name: str, is_compiled: bool) -> None:
+    torch.compiler.reset()
+    make, change, use = INSIDE[name]
+    model = Layer(make(), use)
+    gm = fxreg.transform(model, L1)
+    assert not fxreg.explain(gm).opaque
+    run: Any = torch.compile(gm, backend="eager") if is_compiled else gm
+    for _ in range(3):
+        torch.testing.assert_close(run(ROW), model(ROW), rtol=0, atol=0)
+    change(model.value)
+    with pytest.raises(Exception, match="the model changed since it was captured: it has another 'value'"):
+        run(ROW)
+
+
+class Odd(nn.Module):
+    """What no tracer may go through, but a recording can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Layer(F.relu, lambda value, x: value(x)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.second(self.first(x)) * (1 if type(x) is Tensor else 2)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_recording_gives_way_to_another_hook(is_compiled: bool) -> None:
+    model = Odd()
+    handle = model.first.register_forward_hook(lambda module, args, output: output * 2)
+    gm = fxreg.transform(model, L1, example_inputs=(ROW,))
+    assert not fxreg.explain(gm).opaque
+    called: Any = torch.compile(gm, backend="eager") if is_compiled else gm
+    torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
+    handle.remove()
+    model.first.register_forward_hook(lambda module, args, output: output * 3)
+    torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)

@@ -70,12 +70,18 @@ class ByFunction(Layer):
         return scaled(self.linear(x))
 
 
+class ByReplaced(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled(settings.twice(self.linear(x)))
+
+
 CASES: dict[type[Layer], Any] = {
     Number: lambda patch: patch.setitem(globals(), "NUMBER", 3.0),
     Table: lambda patch: patch.setitem(TABLE, "k", [3.0]),
     OfClass: lambda patch: patch.setattr(Held, "number", 3.0),
     OfObject: lambda patch: patch.setitem(HELD.own, "k", 3.0),
     OfModule: lambda patch: patch.setattr(settings, "NUMBER", 3.0),
+    ByReplaced: lambda patch: patch.setitem(globals(), "scaled", settings.thrice),
     ByFunction: lambda patch: patch.setitem(globals(), "NUMBER", 3.0),
 }
 

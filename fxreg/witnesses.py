@@ -1,0 +1,107 @@
+"""Seeing quickly that a value is as it was: what it is made of is compared by identity, which takes next to no time."""
+
+import enum
+import functools
+import operator
+import types
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .enclosed import entries, slots
+from .freezing import NAMED, SCALARS, frozen
+from .structure import alike
+
+_LEAVES = (*SCALARS, *NAMED, Tensor, nn.Module, fx.Graph, enum.Enum, types.CodeType)
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+
+
+class Witness:
+    """Who saw some values as they were. It is not copied, nor pickled: a copy has to look for itself.
+
+    >>> witness, config = Witness(), {"sizes": [1, 2]}
+    >>> then = frozen(config)
+    >>> witness.agrees("config", config, then)
+    True
+    >>> config["sizes"][0] = 2
+    >>> witness.agrees("config", config, then)
+    False
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Witness, ())
+
+    def agrees(self, name: str, now: Any, then: Any) -> bool:
+        """Whether the value under a name is as it was frozen."""
+        seen = self._seen.get(name)
+        if seen is not None and seen[0] is now and all(map(_is_same, seen[1])):
+            return True
+        if not alike(frozen(now), then):
+            return False
+        parts = _parts(now)
+        if parts is not None:
+            self._seen[name] = (now, parts)
+        return True
+
+
+def _parts(value: Any) -> list[tuple[Any, ...]] | None:
+    """Everything in a value that can change, each with its type, its own dictionary and what is in it; None if that is
+    not all."""
+    found: list[tuple[Any, ...]] = []
+    met: dict[int, Any] = {}
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, _LEAVES) or id(one) in met:
+            continue
+        met[id(one)] = one
+        own = getattr(one, "__dict__", None)
+        match one:
+            case dict():
+                inside: Any = entries(one)
+                waiting += inside.values()
+            case _ if isinstance(one, _CONTAINERS):
+                inside = [*one]
+                waiting += inside
+            case types.FunctionType() if not (one.__closure__ or one.__defaults__ or one.__kwdefaults__):
+                continue
+            case types.MethodType():
+                waiting += (one.__func__, one.__self__)
+                continue
+            case functools.partial():
+                waiting += (one.func, one.args, one.keywords)
+                continue
+            case _ if type(own) is dict and not isinstance(one, types.FunctionType) and not slots(type(one)):
+                inside = None
+            case _:
+                return None
+        kept = dict(own) if own is not None else None
+        if kept is not None:
+            waiting += kept.values()
+        found.append((one, type(one), inside, own, kept))
+    return found
+
+
+def _is_same(part: tuple[Any, ...]) -> bool:
+    one, kind, inside, own, kept = part
+    if type(one) is not kind or (inside is not None and not _holds(one, inside)):
+        return False
+    return own is None or (one.__dict__ is own and _holds(own, kept))
+
+
+def _holds(now: Any, then: Any) -> bool:
+    if len(now) != len(then):
+        return False
+    if isinstance(then, dict):
+        now = entries(now)
+        return _are(now, then) and _are(now.values(), then.values())
+    return _are(now, then)
+
+
+def _are(now: Iterable[Any], then: Iterable[Any]) -> bool:
+    return all(map(operator.is_, now, then))
