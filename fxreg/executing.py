@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .scanning import context_name, is_library
+from .scanning import context_name, is_foreign
 from .sizes import SYMBOLIC
 
 _INSTRUCTIONS = {
@@ -82,9 +82,9 @@ def watched(recorder: Any) -> Iterator[None]:
             recorder.note_made(frame.f_locals[frame.f_code.co_varnames[0]])
         if id(frame.f_code) in _CHANGING and recorder.thread:
             recorder.note_change(frame.f_locals["self"], _CHANGING[id(frame.f_code)])
-        if not recorder.thread or _is_foreign(frame.f_globals.get("__name__", "")):
+        if not recorder.thread or is_foreign(frame.f_globals.get("__name__", "")):
             return None
-        recorder.ledger.enters(frame.f_code, frame.f_globals)
+        recorder.note_entered(frame.f_code, frame.f_globals)
         frame.f_trace_lines = False
         frame.f_trace_opcodes = bool(_flagged(frame.f_code))
         return step
@@ -108,13 +108,13 @@ def watched(recorder: Any) -> Iterator[None]:
                 recorder.give_up("hashes a tensor")
         elif event == "return" and recorder.thread and frame.f_code is _COPIES:
             recorder.note_made(argument, is_new=True)
-        elif event == "c_call" and recorder.thread and not _is_foreign(frame.f_globals.get("__name__", "")):
+        elif event == "c_call" and recorder.thread and not is_foreign(frame.f_globals.get("__name__", "")):
             reason = _asked(argument)
             if reason is not None:
                 recorder.give_up(f"{frame.f_code.co_qualname} {reason}")
 
     def is_instance(value: Any, kinds: Any) -> bool:
-        if type(value) in SYMBOLIC and not _is_foreign(sys._getframe(1).f_globals.get("__name__", "")):
+        if type(value) in SYMBOLIC and not is_foreign(sys._getframe(1).f_globals.get("__name__", "")):
             return original(value.node.value, kinds) or original(value, kinds)  # sizes are numbers
         return original(value, kinds)
 
@@ -150,7 +150,7 @@ class entering:  # noqa: N801  a context manager, of which there are thousands
                 return
             if id(code) in _CHANGING:
                 note_change(frame.f_locals["self"], _CHANGING[id(code)])
-            elif _is_foreign(frame.f_globals.get("__name__", "")):
+            elif is_foreign(frame.f_globals.get("__name__", "")):
                 foreign[id(code)] = code
             else:
                 note(code, frame.f_globals)
@@ -183,17 +183,12 @@ def inside_handler() -> str | None:
         ranges = _catching(frame.f_code)
         if ranges and any(start <= frame.f_lasti < end for start, end in ranges):
             name = frame.f_globals.get("__name__", "")
-            if not _is_foreign(name):
+            if not is_foreign(name):
                 return frame.f_code.co_qualname
         if frame.f_code.co_name == "record" and frame.f_globals.get("__name__") == "fxreg.recording":
             return None
         frame = frame.f_back
     return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_foreign(module: str) -> bool:
-    return is_library(module) or module.partition(".")[0] in sys.stdlib_module_names
 
 
 def _asked(function: Any) -> str | None:

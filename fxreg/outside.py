@@ -1,7 +1,7 @@
 """What functions read from outside: global variables, and attributes of the classes, modules and objects they name.
 
-A graph holds the values as they were when it was captured. What is compared later is what code mentions by name; what
-an installed package keeps in containers and objects of its own is taken for constant.
+A graph holds the values as they were when it was captured. What is compared later is what code mentions by name; the
+functions of an installed package, and what it keeps in containers and objects of its own, are taken for constant.
 """
 
 import dis
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .freezing import frozen
-from .scanning import is_library
+from .scanning import is_foreign, is_installed, is_library
 from .structure import PLAIN
 
 _MISSING = object()
@@ -66,7 +66,7 @@ def _read_by(code: types.CodeType, space: dict[str, Any]) -> Iterator[Outside]:
         if type(value) in PLAIN:
             yield Outside(module, (name,), value)
             continue
-        if isinstance(value, types.FunctionType) and not is_library(value.__module__):
+        if isinstance(value, types.FunctionType) and _is_users_own(value):
             yield _code_of(module, value, name)
         if value is _MISSING or isinstance(value, _NEVER) or _is_of_library(value):
             continue
@@ -75,10 +75,16 @@ def _read_by(code: types.CodeType, space: dict[str, Any]) -> Iterator[Outside]:
                 kept = inspect.getattr_static(value, attribute, _MISSING)
                 if type(kept) in PLAIN:
                     yield Outside(module, (name, attribute), kept)
-                elif isinstance(kept, types.FunctionType) and isinstance(value, types.ModuleType):
+                elif (
+                    isinstance(value, types.ModuleType) and isinstance(kept, types.FunctionType) and _is_users_own(kept)
+                ):
                     yield _code_of(module, kept, name, attribute)
-        if not isinstance(value, type | types.ModuleType) and not _is_installed(module):
+        if not isinstance(value, type | types.ModuleType) and not is_installed(module):
             yield Outside(module, (name,), frozen(value))
+
+
+def _is_users_own(function: types.FunctionType) -> bool:
+    return not is_foreign(function.__module__) and not is_installed(function.__module__)
 
 
 def _code_of(module: str, function: types.FunctionType, *path: str) -> Outside:
@@ -103,12 +109,6 @@ def _names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _is_of_library(value: Any) -> bool:
     if isinstance(value, types.ModuleType):
-        return is_library(value.__name__) or value.__name__.partition(".")[0] in sys.stdlib_module_names
+        return is_foreign(value.__name__)
     kind = value if isinstance(value, type) else type(value)
     return is_library(kind.__module__) and not isinstance(value, Collection)
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_installed(module: str) -> bool:
-    path = getattr(sys.modules[module], "__file__", None) or ""
-    return "site-packages" in path or "dist-packages" in path

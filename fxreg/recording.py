@@ -13,6 +13,7 @@ Nothing is refused while it runs. What a graph cannot hold makes the innermost m
 import contextvars
 import functools
 import threading
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,6 +146,10 @@ class Recorder:
             self._made[id(module)] = module  # the first thing that its __init__ does
         elif id(module) not in self._made:
             self.give_up(f"{what}, which is none of the model's")
+
+    def note_entered(self, code: types.CodeType, space: dict[str, Any]) -> None:
+        """Code of the user's runs."""
+        self.ledger.enters(self._frames[-1].path if self._frames else "", code, space)
 
     def note_made(self, value: Any, is_new: bool = False) -> None:
         """An object was copied, or its `__init__` is about to run: it is the forward's own, if it has nothing yet."""

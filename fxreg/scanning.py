@@ -8,6 +8,7 @@ is not traced. That is more than needed and never less: reachable is taken for r
 import dis
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -100,7 +101,7 @@ def asks_for_none(module: nn.Module) -> bool:
 
 def mentioned_names(module: nn.Module) -> frozenset[str]:
     """Every name, and every string that could be one, in a module's code."""
-    return frozenset().union(*map(_mentions, functions_of(module)))
+    return frozenset().union(*(names_mentioned(function.__code__) for function in functions_of(module)))
 
 
 def written_names(functions: Iterable[types.FunctionType]) -> frozenset[str]:
@@ -127,7 +128,7 @@ def global_objects(model: nn.Module) -> tuple[Any, ...]:
     for kind in {kind for module in model.modules() for kind in type(module).__mro__ if not _is_library(kind)}:
         found |= {id(value): value for value in vars(kind).values() if isinstance(value, _MUTABLE)}
     for function in {f for module in model.modules() for f in functions_of(module)}:
-        for name in _names(function.__code__):
+        for name in names_in(function.__code__):
             value = function.__globals__.get(name)
             if isinstance(value, _MUTABLE) or (_has_attributes(value) and not _is_library(type(value))):
                 found[id(value)] = value
@@ -175,7 +176,7 @@ def _reached(owners: tuple[type, ...], start: tuple[Any, ...]) -> tuple[types.Fu
         found[function] = None
         waiting += enclosed(function)
         waiting.append(getattr(function, "__wrapped__", None))
-        for name in _names(function.__code__):
+        for name in names_in(function.__code__):
             waiting.append(function.__globals__.get(name))
             waiting += [inspect.getattr_static(owner, name, None) for owner in owners]
     return tuple(found)
@@ -196,6 +197,19 @@ def is_library(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _LIBRARIES
 
 
+@functools.lru_cache(maxsize=4096)
+def is_foreign(module: str | None) -> bool:
+    """Whether a module's name is that of a well-known library's, or of one of Python's own."""
+    return is_library(module) or (module or "").partition(".")[0] in sys.stdlib_module_names
+
+
+@functools.lru_cache(maxsize=4096)
+def is_installed(module: str | None) -> bool:
+    """Whether a module is somebody's package, and not of the user's own program."""
+    path = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return "site-packages" in path or "dist-packages" in path
+
+
 def _is_library(definition: Any) -> bool:
     return is_library(definition.__module__)
 
@@ -207,31 +221,36 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _names(code: types.CodeType) -> set[str]:
+def names_in(code: types.CodeType) -> set[str]:
+    """Every name that code uses, other than of local variables."""
     return {name for one in _codes(code) for name in one.co_names}
 
 
-@_once_per_function
-def _mentions(function: types.FunctionType) -> frozenset[str]:
-    return frozenset(_names(function.__code__)).union(_strings(function))
+@functools.lru_cache(maxsize=4096)
+def names_mentioned(code: types.CodeType) -> frozenset[str]:
+    """Every name, and every string that could be one, in some code."""
+    return frozenset(names_in(code)).union(_strings(code))
 
 
-def _strings(function: types.FunctionType) -> Iterator[str]:
-    """The constants in a function's code that could be names."""
-    constants = (constant for code in _codes(function.__code__) for constant in code.co_consts)
+def _strings(code: types.CodeType) -> Iterator[str]:
+    """The constants in code that could be names."""
+    constants = (constant for one in _codes(code) for constant in one.co_consts)
     return (constant for constant in constants if isinstance(constant, str) and constant.isidentifier())
 
 
 @_once_per_function
 def _writes(function: types.FunctionType) -> frozenset[str]:
-    stored = {
-        str(i.argval)
-        for code in _codes(function.__code__)
-        for i in dis.get_instructions(code)
-        if i.opname.startswith(("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"))
-    }
-    by_string = _mentions(function) & {"setattr", "vars", "__dict__", "globals"}
-    return frozenset(stored).union(_strings(function) if by_string else ())
+    own = function.__code__.co_varnames[:1] if function.__name__ == "__init__" else ()
+    stored = set()
+    for code in _codes(function.__code__):
+        before = None
+        for one in dis.get_instructions(code):
+            is_new = before is not None and before.opname == "LOAD_FAST" and before.argval in own
+            if one.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL") and not is_new:
+                stored.add(str(one.argval))
+            before = one
+    by_string = names_mentioned(function.__code__) & {"setattr", "vars", "__dict__", "globals"}
+    return frozenset(stored).union(_strings(function.__code__) if by_string else ())
 
 
 @_once_per_function
@@ -279,7 +298,7 @@ def code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
 
 
 def _may_change_a_global(function: types.FunctionType) -> bool:
-    names = _names(function.__code__)
+    names = names_in(function.__code__)
     containers = any(isinstance(function.__globals__.get(name), _MUTABLE) for name in names)
     return containers and _may_change_containers(function)
 

@@ -10,7 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from .scanning import changes_containers, functions_behind, functions_of, global_names, mentioned_names, written_names
+from .reaching import reach
+from .scanning import (
+    changes_containers,
+    functions_behind,
+    functions_of,
+    global_names,
+    mentioned_names,
+    names_mentioned,
+    written_names,
+)
 from .snapshots import Snapshot
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -31,15 +40,17 @@ class Ledger:
         self.modules: dict[str, nn.Module] = {}
         self.reads: dict[tuple[str, str, str], Any] = {}
         self.codes: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}  # by identity: equal is not same
+        self._entered: dict[str, dict[int, types.CodeType]] = {}
         self._running: dict[str, nn.Module] = {}
 
     def traced(self, path: str, module: nn.Module) -> None:
         """A module's forward is being traced."""
         self.modules.setdefault(path, module)
 
-    def enters(self, code: types.CodeType, space: dict[str, Any]) -> None:
-        """Code of the user's runs, with its global variables."""
+    def enters(self, path: str, code: types.CodeType, space: dict[str, Any]) -> None:
+        """Code of the user's runs for the module at a path, with its global variables."""
         self.codes.setdefault((id(code), id(space)), (code, space))
+        self._entered.setdefault(path, {})[id(code)] = code
 
     def read(self, reader: str, path: str, name: str, value: Any) -> None:
         """The traced forward of `reader` read an attribute of the module at `path`."""
@@ -76,7 +87,7 @@ class Ledger:
         hooks: list[Any] = []
         for path, module in self._running.items():
             own = [*_hooks(module)]
-            functions = [*_functions(module, own)]
+            functions = dict.fromkeys((*_functions(module, own), *reach([module])))
             names.update(dict.fromkeys(written_names(functions), path))
             if changes_containers(functions):
                 changing += module.modules()
@@ -89,7 +100,8 @@ class Ledger:
         kept |= global_names([*self._running.values()])
         found = {}
         for path, module in self.modules.items():
-            if common := sorted(mentioned_names(module) & names.keys() & kept):
+            mentioned = mentioned_names(module).union(*map(names_mentioned, self._entered.get(path, {}).values()))
+            if common := sorted(mentioned & names.keys() & kept):
                 found[path] = f"mentions {common[0]!r}, which {names[common[0]]!r} may write when it runs"
         for (reader, path, name), value in self.reads.items():
             if shared.holds(value):

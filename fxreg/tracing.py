@@ -103,7 +103,7 @@ class SoundTracer(fx.Tracer):
         says = self._says.get((id(code), id(space)))
         if says is None:
             says = self._says[id(code), id(space)] = (code_reason(code, space), code_asks_for_none(code))
-            self.ledger.enters(code, space)
+        self.ledger.enters(self._scope[-1][0], code, space)
         self._poison = self._poison or says[0]
         self._asked_none = self._asked_none or says[1]
 

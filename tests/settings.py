@@ -27,3 +27,11 @@ def twice(x: Tensor) -> Tensor:
 
 def thrice(x: Tensor) -> Tensor:
     return x * 3
+
+
+def raise_level(of: Any) -> None:
+    of.level += 1.0
+
+
+def level(of: Any) -> float:
+    return float(of.level)
