@@ -15,8 +15,12 @@ from .controls import load_state_dict, penalties, set_loss_scale, state_dict, st
 from .effects import gradient, penalty
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
 from .gradients import add_noise, centralize, clip_norm, clip_value, freeze, mask, scale, zero_nans
+from .groups import group_lasso, max_norm, sparse_group_lasso
+from .kernels import total_variation
+from .matrices import nuclear_norm, orthogonal, soft_orthogonal
+from .nonconvex import entropy, hoyer, log_sum, lp, mcp, scad, smooth_l1
 from .optimizing import param_groups
-from .regularizers import elastic_net, group_lasso, l1, l2, weight_decay
+from .regularizers import elastic_net, l1, l2, weight_decay
 from .reporting import diff, explain
 from .rules import Rule
 from .transforming import strip, transform
@@ -39,22 +43,35 @@ __all__ = [
     "clip_value",
     "diff",
     "elastic_net",
+    "entropy",
     "explain",
     "freeze",
     "gradient",
     "group_lasso",
+    "hoyer",
     "l1",
     "l2",
     "load_state_dict",
+    "log_sum",
+    "lp",
     "mask",
+    "max_norm",
+    "mcp",
+    "nuclear_norm",
+    "orthogonal",
     "param_groups",
     "penalties",
     "penalty",
+    "scad",
     "scale",
     "set_loss_scale",
+    "smooth_l1",
+    "soft_orthogonal",
+    "sparse_group_lasso",
     "state_dict",
     "strengths",
     "strip",
+    "total_variation",
     "transform",
     "verify",
     "weight_decay",

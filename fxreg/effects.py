@@ -8,7 +8,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeAlias, overload
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -363,14 +363,19 @@ def penalty(function: Any = None, *, weight_decay: float | None = None) -> Any:
 
     >>> import torch, fxreg
     >>> @fxreg.penalty
-    ... def hoyer(weight: torch.Tensor, *, eps: float = 1e-8) -> torch.Tensor:
-    ...     return weight.abs().sum() / (weight.norm() + eps)
-    >>> hoyer(1e-3)
-    hoyer(0.001, eps=1e-08)
+    ... def log_cosh(weight: torch.Tensor, *, width: float = 1.0) -> torch.Tensor:
+    ...     return (weight / width).cosh().log().sum()
+    >>> log_cosh(1e-3)
+    log_cosh(0.001, width=1.0)
     """
     if function is None:
         return lambda f: Penalty(f, weight_decay)
     return Penalty(function, weight_decay)
+
+
+def own_strengths(function: Callable[Concatenate[Tensor, P], Tensor]) -> Penalty[P]:
+    """`penalty`, typed for a formula that takes its strengths itself."""
+    return cast(Penalty[P], penalty(function))
 
 
 @overload

@@ -1,23 +1,12 @@
-"""Penalties on parameters: one formula each, with its gradient in closed form where there is one.
+"""Norms as penalties, and the optimizer's decay: one formula each, with its gradient in closed form.
 
 Throughout, w is the parameter (any shape), s the strength, and the objective becomes loss + s·R(w).
 """
 
-from collections.abc import Callable
-from typing import Concatenate, ParamSpec, cast
-
-import torch
 from torch import Tensor
 
 from .arguments import Strength
-from .effects import OptimizerOption, Penalty, penalty
-
-P = ParamSpec("P")
-
-
-def _with_own_strengths(function: Callable[Concatenate[Tensor, P], Tensor]) -> Penalty[P]:
-    """`penalty`, typed for a formula that takes its strengths itself."""
-    return cast(Penalty[P], penalty(function))
+from .effects import OptimizerOption, own_strengths, penalty
 
 
 @penalty
@@ -78,7 +67,7 @@ def _(weight: Tensor) -> Tensor:
     return 2 * weight
 
 
-@_with_own_strengths
+@own_strengths
 def elastic_net(weight: Tensor, *, l1: Strength, l2: Strength) -> Tensor:
     """Both at once, l1·Σ|w| + l2·Σw².
 
@@ -103,51 +92,6 @@ def elastic_net(weight: Tensor, *, l1: Strength, l2: Strength) -> Tensor:
 @elastic_net.gradient
 def _(weight: Tensor, *, l1: Tensor, l2: Tensor) -> Tensor:
     return l1 * weight.sign() + 2 * l2 * weight
-
-
-@penalty
-def group_lasso(weight: Tensor, *, dim: int | tuple[int, ...] = 0) -> Tensor:
-    """Sum of the 2-norms of groups, R(w) = Σ_g ‖w_g‖₂: one group per index along `dim`, no √size factor.
-
-    Gradient: w_g / ‖w_g‖₂ in each group; 0 in a group of exact zeros.
-
-    Args:
-        strength: s ≥ 0, in units of loss per unit of weight.
-        dim: the dimension, or dimensions, whose indices name the groups: `dim=0` makes a group of each output
-            channel of a Linear or Conv weight, `dim=1` of each input channel.
-
-    Raises:
-        RuleError: a strength that is negative, infinite or NaN; a dimension the weight does not have.
-
-    >>> import torch, fxreg
-    >>> float(fxreg.group_lasso.function(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), dim=0))
-    5.0
-
-    Source: Yuan and Lin (2006), "Model selection and estimation in regression with grouped variables", eq. 2.1.
-    """
-    return _group_norms(weight, dim).sum()
-
-
-@group_lasso.gradient
-def _(weight: Tensor, *, dim: int | tuple[int, ...] = 0) -> Tensor:
-    norms = _group_norms(weight, dim)
-    return torch.where(norms > 0, weight / norms, 0)
-
-
-def _group_norms(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """The 2-norm of every group, broadcastable against the weight."""
-    kept = {_axis(d, weight.ndim) for d in ((dim,) if isinstance(dim, int) else dim)}
-    reduced = [d for d in range(weight.ndim) if d not in kept]
-    if not reduced:
-        return weight.abs()
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=reduced, keepdim=True)
-    return norms
-
-
-def _axis(dim: int, ndim: int) -> int:
-    if not -ndim <= dim < ndim:
-        raise IndexError(f"dimension {dim} of a parameter with {ndim} dimension(s)")
-    return dim % ndim
 
 
 def _weight_decay(decay: Strength) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
 
 import fxreg
 from fxreg.effects import registry
@@ -68,12 +69,54 @@ def _rows(w: Tensor) -> Tensor:
     return sum((row.square().sum().sqrt() for row in w.unbind(1)), torch.zeros(()))
 
 
+def _scad(x: Tensor) -> Tensor:
+    """With λ = 0.1 and a = 3, for one absolute value."""
+    if x <= 0.1:
+        return 0.1 * x
+    return (0.6 * x - x * x - 0.01) / 4 if x <= 0.3 else torch.tensor(0.02)
+
+
+def _mcp(x: Tensor) -> Tensor:
+    """With λ = 0.1 and γ = 3, for one absolute value."""
+    return 0.1 * x - x * x / 6 if x <= 0.3 else torch.tensor(0.015)
+
+
 MASK = torch.tensor([[True], [False], [True], [True]])
 EXAMPLES = {
     "l1": Example(fxreg.l1(0.3), penalty=lambda w: 0.3 * w.abs().sum()),
     "l2": Example(fxreg.l2(0.3), penalty=lambda w: 0.3 * (w * w).sum()),
     "elastic_net": Example(fxreg.elastic_net(0.3, 0.2), penalty=lambda w: 0.3 * w.abs().sum() + 0.2 * (w * w).sum()),
     "group_lasso": Example(fxreg.group_lasso(0.3, dim=1), penalty=lambda w: 0.3 * _rows(w)),
+    "sparse_group_lasso": Example(
+        fxreg.sparse_group_lasso(0.3, 0.2, dim=1), penalty=lambda w: 0.3 * w.abs().sum() + 0.2 * _rows(w)
+    ),
+    "max_norm": Example(
+        fxreg.max_norm(0.3, limit=0.4), penalty=lambda w: 0.3 * sum((r.norm() - 0.4).relu() for r in w)
+    ),
+    "lp": Example(fxreg.lp(0.3, p=1.5), penalty=lambda w: 0.3 * (w.abs() * w.abs().sqrt()).sum()),
+    "smooth_l1": Example(
+        fxreg.smooth_l1(0.3, beta=0.2),
+        penalty=lambda w: 0.3 * F.smooth_l1_loss(w, torch.zeros_like(w), reduction="sum", beta=0.2),
+    ),
+    "log_sum": Example(fxreg.log_sum(0.3, eps=0.1), penalty=lambda w: 0.3 * (1 + 10 * w.abs()).log().sum()),
+    "scad": Example(fxreg.scad(0.1, a=3.0), penalty=lambda w: sum(map(_scad, w.abs().reshape(-1)))),
+    "mcp": Example(fxreg.mcp(0.1, gamma=3.0), penalty=lambda w: sum(map(_mcp, w.abs().reshape(-1)))),
+    "hoyer": Example(fxreg.hoyer(0.3), penalty=lambda w: 0.3 * w.abs().sum() / w.square().sum().sqrt()),
+    "entropy": Example(
+        fxreg.entropy(0.3), penalty=lambda w: 0.3 * torch.distributions.Categorical(w.abs().reshape(-1)).entropy()
+    ),
+    "nuclear_norm": Example(fxreg.nuclear_norm(0.3), penalty=lambda w: 0.3 * torch.linalg.matrix_norm(w, "nuc")),
+    "orthogonal": Example(
+        fxreg.orthogonal(0.3),
+        penalty=lambda w: 0.3 * F.cosine_similarity(w[:, None], w[None], dim=-1).triu(1).abs().sum() / 6,
+    ),
+    "soft_orthogonal": Example(
+        fxreg.soft_orthogonal(0.3), penalty=lambda w: 0.3 * torch.dist(w @ w.T, torch.eye(4)).square()
+    ),
+    "total_variation": Example(
+        fxreg.total_variation(0.3),
+        penalty=lambda w: 0.3 * ((w[1:] - w[:-1]).abs().sum() + (w[:, 1:] - w[:, :-1]).abs().sum()),
+    ),
     "clip_value": Example(fxreg.clip_value(0.1), transform=lambda g: g.clamp(-0.1, 0.1)),
     "clip_norm": Example(fxreg.clip_norm(0.1), transform=lambda g: 0.1 * g / max(0.1, float(g.norm()) + 1e-6)),
     "scale": Example(fxreg.scale(0.3), transform=lambda g: 0.3 * g),

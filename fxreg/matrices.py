@@ -1,0 +1,125 @@
+"""Penalties on a weight as a matrix W: a row for each index along its first dimension, everything else in the columns.
+
+Throughout, s is the strength, and the objective becomes loss + s·R(W). Linear and Conv weights have a row per output.
+"""
+
+import torch
+from torch import Tensor
+
+from .effects import penalty
+
+_EPSILON = 1e-7  # Keras's
+
+
+@penalty
+def nuclear_norm(weight: Tensor) -> Tensor:
+    """Sum of the singular values, R(W) = Σ σ_i: lasso on the rank.
+
+    Gradient: U·Vᵀ of the singular vectors whose values are not 0, up to rounding; 0 for a matrix of zeros. It takes a
+    singular value decomposition in every step.
+
+    Args:
+        strength: s ≥ 0, in units of loss per unit of weight.
+
+    Raises:
+        RuleError: a strength that is negative, infinite or NaN; a parameter with fewer than two dimensions.
+
+    >>> import torch, fxreg
+    >>> round(float(fxreg.nuclear_norm.function(torch.diag(torch.tensor([3.0, -4.0])))), 4)
+    7.0
+
+    Source: Fazel (2002), "Matrix rank minimization with applications".
+    """
+    values: Tensor = torch.linalg.svdvals(_matrix(weight))
+    return torch.where(_are_nonzero(values, weight), values, 0).sum()
+
+
+@nuclear_norm.gradient
+def _(weight: Tensor) -> Tensor:
+    left, values, right = torch.linalg.svd(_matrix(weight), full_matrices=False)
+    polar: Tensor = (left * _are_nonzero(values, weight)) @ right
+    return polar.reshape(weight.shape)
+
+
+@penalty
+def orthogonal(weight: Tensor, *, mode: str = "rows") -> Tensor:
+    """Mean of the absolute cosines between rows, R(W) = Σ_{i<j} |cos(w_i, w_j)| / (N(N−1)/2), or between columns.
+
+    Keras's `OrthogonalRegularizer`; 0 for a single row, where Keras has NaN. Norms below 1e-7 count as 1e-7.
+
+    Gradient: by automatic differentiation; a cosine of 0 has 0.
+
+    Args:
+        strength: s ≥ 0, in units of loss.
+        mode: "rows" or "columns".
+
+    Raises:
+        RuleError: a strength that is negative, infinite or NaN; another mode; a parameter with fewer than two
+            dimensions.
+
+    >>> import torch, fxreg
+    >>> float(fxreg.orthogonal.function(torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])))
+    0.3333333432674408
+
+    Source: Brock et al. (2017), "Neural photo editing with introspective adversarial networks", as in
+    Keras 3.
+    """
+    if mode not in ("rows", "columns"):
+        raise ValueError(f"mode must be 'rows' or 'columns', not {mode!r}")
+    matrix = _matrix(weight)
+    rows = matrix if mode == "rows" else matrix.mT
+    unit = rows * rows.square().sum(1, keepdim=True).clamp_min(_EPSILON**2).rsqrt()
+    pairs = (unit @ unit.mT).triu(1).abs().sum()
+    count = len(rows)
+    return pairs / max(count * (count - 1) // 2, 1)
+
+
+@penalty
+def soft_orthogonal(weight: Tensor) -> Tensor:
+    """Distance of the rows' inner products from the identity's, R(W) = ‖W·Wᵀ − I‖²_F: rows orthogonal, and of norm 1.
+
+    More rows than columns cannot all be; such a weight is taken with its columns, R(W) = ‖Wᵀ·W − I‖²_F.
+
+    Gradient: 4·(W·Wᵀ − I)·W, or 4·W·(Wᵀ·W − I).
+
+    Args:
+        strength: s ≥ 0, in units of loss per unit of weight to the fourth.
+
+    Raises:
+        RuleError: a strength that is negative, infinite or NaN; a parameter with fewer than two dimensions.
+
+    >>> import torch, fxreg
+    >>> float(fxreg.soft_orthogonal.function(torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])))
+    9.0
+
+    Source: Bansal, Chen and Wang (2018), "Can we gain more from orthogonality regularizations".
+    """
+    return _gram_error(_wide(weight)).square().sum()
+
+
+@soft_orthogonal.gradient
+def _(weight: Tensor) -> Tensor:
+    wide = _wide(weight)
+    slope = 4 * _gram_error(wide) @ wide
+    return (slope if len(slope) == len(weight) else slope.mT).reshape(weight.shape)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    if weight.ndim < 2:
+        raise ValueError(f"a matrix has two dimensions or more, and this parameter {weight.ndim}")
+    return weight.flatten(1)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """The matrix, or its transpose if that is the wider one."""
+    matrix = _matrix(weight)
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+
+
+def _gram_error(matrix: Tensor) -> Tensor:
+    return matrix @ matrix.mT - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def _are_nonzero(values: Tensor, weight: Tensor) -> Tensor:
+    """Which singular values, the largest first, are not 0 but for rounding."""
+    return values > values[:1] * max(_matrix(weight).shape) * torch.finfo(values.dtype).eps

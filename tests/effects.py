@@ -1,0 +1,76 @@
+"""docs/effects.md, written from the registry: `python -m tests.effects`."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import fxreg
+from fxreg.effects import Definition, Gradient, OptimizerOption, Penalty, registry
+
+PAGE = Path(__file__).parents[1] / "docs" / "effects.md"
+_HEAD = """# Every effect
+
+What a rule can do to the parameters that it matches. Written from the registry by `python -m tests.effects`; the
+docstring of each effect says more: units, errors, kinks, an example. `via` lists the lowerings: the first is what
+happens unless the rule says otherwise. [Methods](methods.md) says what each of them is, and what it costs.
+"""
+_SECTIONS: dict[type, tuple[str, str]] = {
+    Penalty: (
+        "Penalties",
+        "The objective becomes loss + s·R(w), for each parameter w by itself; w_g is a group of it.",
+    ),
+    Gradient: (
+        "Gradient transforms",
+        "g is the loss's gradient of one parameter in one forward call, before any penalty's is added.",
+    ),
+    OptimizerOption: (
+        "Options of the optimizer",
+        "`fxreg.param_groups` hands them over; there is nothing in the graph.",
+    ),
+}
+
+
+def page() -> str:
+    """What the page should say."""
+    parts = [_HEAD]
+    for kind, (title, note) in _SECTIONS.items():
+        has_gradient = kind is Penalty
+        parts += [
+            f"\n## {title}\n\n{note}\n",
+            "\n| effect | what it is |" + " gradient |" * has_gradient + " `via` | source |",
+        ]
+        parts.append("\n|" + "---|" * (4 + has_gradient) + "\n")
+        parts += [_row(one, has_gradient) for one in _built_in() if type(one) is kind]
+    return "".join(parts)
+
+
+def _built_in() -> list[Definition[Any]]:
+    own = [one for name, one in registry.items() if getattr(fxreg, name, None) is one]
+    return sorted(own, key=lambda one: one.name)
+
+
+def _row(definition: Definition[Any], has_gradient: bool) -> str:
+    what, gradient, source = _parts(definition)
+    cells = [f"`{definition.name}{_signature(definition)}`", what, *([gradient] if has_gradient else [])]
+    cells += [", ".join(definition.vias), source]
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
+
+
+def _signature(definition: Definition[Any]) -> str:
+    parameters = inspect.signature(definition).parameters.values()
+    return f"({', '.join(p.name if p.default is p.empty else f'{p.name}={p.default!r}' for p in parameters)})"
+
+
+def _parts(definition: Definition[Any]) -> tuple[str, str, str]:
+    """What a docstring says it is, its gradient, and its source, each on one line."""
+    text = inspect.cleandoc(definition.__doc__ or "")
+    found = {
+        name: " ".join(match[1].split()) if (match := re.search(pattern, text, re.DOTALL)) else ""
+        for name, pattern in (("gradient", r"\nGradient: (.*?)(?:\n\n|$)"), ("source", r"\nSource: (.*)"))
+    }
+    return " ".join(text.partition("\n\n")[0].split()), found["gradient"], found["source"].rstrip(".")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
