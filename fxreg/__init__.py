@@ -14,7 +14,21 @@ from .arguments import Stream, Strength
 from .controls import load_state_dict, penalties, set_loss_scale, state_dict, strengths
 from .effects import gradient, penalty
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
-from .gradients import add_noise, centralize, clip_norm, clip_value, freeze, mask, scale, zero_nans
+from .gradients import (
+    adaptive_clip,
+    add_noise,
+    centralize,
+    clip_block_rms,
+    clip_norm,
+    clip_value,
+    freeze,
+    mask,
+    normalize,
+    scale,
+    tangent,
+    trust_ratio,
+    zero_nans,
+)
 from .groups import group_lasso, max_norm, sparse_group_lasso
 from .kernels import total_variation
 from .matrices import nuclear_norm, orthogonal, soft_orthogonal
@@ -37,8 +51,10 @@ __all__ = [
     "Stream",
     "Strength",
     "VerifyError",
+    "adaptive_clip",
     "add_noise",
     "centralize",
+    "clip_block_rms",
     "clip_norm",
     "clip_value",
     "diff",
@@ -57,6 +73,7 @@ __all__ = [
     "mask",
     "max_norm",
     "mcp",
+    "normalize",
     "nuclear_norm",
     "orthogonal",
     "param_groups",
@@ -71,8 +88,10 @@ __all__ = [
     "state_dict",
     "strengths",
     "strip",
+    "tangent",
     "total_variation",
     "transform",
+    "trust_ratio",
     "verify",
     "weight_decay",
     "zero_nans",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .arguments import Stream, Strength
 from .effects import gradient
+from .groups import group_norms
 
 
 @gradient
@@ -53,6 +54,120 @@ def clip_norm(grad: Tensor, weight: Tensor, *, max_norm: Strength) -> Tensor:
     Source: Pascanu, Mikolov and Bengio (2013), "On the difficulty of training recurrent neural networks", alg. 1.
     """
     return grad * torch.clamp(max_norm / (torch.linalg.vector_norm(grad) + 1e-6), max=1.0)
+
+
+@gradient
+def clip_block_rms(grad: Tensor, weight: Tensor, *, threshold: Strength) -> Tensor:
+    """Shrink the parameter's gradient to a root mean square, g ← g / max(1, rms(g) / threshold).
+
+    `clip_norm` for parameters of all sizes: rms(g) = ‖g‖₂/√n does not grow with their number n of elements.
+
+    Args:
+        threshold: the largest root mean square, at least 0, in units of the gradient.
+
+    Raises:
+        RuleError: a threshold that is negative, infinite or NaN.
+
+    >>> import torch, fxreg
+    >>> fxreg.clip_block_rms.function(torch.tensor([3.0, -3.0]), torch.zeros(2), threshold=torch.tensor(1.0))
+    tensor([ 1., -1.])
+
+    Source: Shazeer and Stern (2018), "Adafactor", section 6.
+    """
+    rms = torch.linalg.vector_norm(grad) / max(grad.numel(), 1) ** 0.5
+    return torch.where(rms > threshold, grad * (threshold / rms), grad)
+
+
+@gradient
+def adaptive_clip(grad: Tensor, weight: Tensor, *, clipping: Strength, eps: float = 1e-3) -> Tensor:
+    """Shrink each unit's gradient to a share of its weight's norm, g_u ← g_u · min(1, M_u / max(‖g_u‖₂, 1e-6)).
+
+    M_u = clipping · max(‖w_u‖₂, ε), for one unit u per index along the first dimension; a vector or scalar is one unit.
+
+    Args:
+        clipping: the largest ratio of the norms, at least 0.
+        eps: ε > 0, in units of the weight: what a smaller norm counts as, so that weights of 0 can move.
+
+    Raises:
+        RuleError: a ratio that is negative, infinite or NaN.
+
+    >>> import torch, fxreg
+    >>> weight, grad = torch.tensor([[3.0, 4.0], [3.0, 4.0]]), torch.tensor([[6.0, 8.0], [0.1, 0.0]])
+    >>> fxreg.adaptive_clip.function(grad, weight, clipping=torch.tensor(0.5))
+    tensor([[1.5000, 2.0000],
+            [0.1000, 0.0000]])
+
+    Source: Brock, De, Smith and Simonyan (2021), "High-performance large-scale image recognition without
+    normalization", eq. 3.
+    """
+    limits = clipping * _unit_norms(weight).clamp_min(eps).to(grad.dtype)
+    norms = _unit_norms(grad)
+    return torch.where(norms > limits, grad * (limits / norms.clamp_min(1e-6)), grad)
+
+
+@gradient
+def normalize(grad: Tensor, weight: Tensor, *, length: Strength) -> Tensor:
+    """Give the parameter's gradient a norm, g ← g · length / (‖g‖₂ + 1e-6); a zero gradient stays zero.
+
+    Args:
+        length: the norm, at least 0, in units of the gradient.
+
+    Raises:
+        RuleError: a length that is negative, infinite or NaN.
+
+    >>> import torch, fxreg
+    >>> g = fxreg.normalize.function(torch.tensor([0.3, 0.4]), torch.zeros(2), length=torch.tensor(1.0))
+    >>> round(float(g.norm()), 5)
+    1.0
+
+    Source: Hazan, Levy and Shalev-Shwartz (2015), "Beyond convexity: stochastic quasi-convex optimization".
+    """
+    norm: Tensor = torch.linalg.vector_norm(grad)
+    return grad * (length / (norm + 1e-6))
+
+
+@gradient
+def trust_ratio(grad: Tensor, weight: Tensor, *, coefficient: Strength, eps: float = 0.0) -> Tensor:
+    """Give the parameter's gradient a share of the weight's norm, g ← g · coefficient · ‖w‖₂ / (‖g‖₂ + ε).
+
+    Unchanged where one of the norms is 0.
+
+    Args:
+        coefficient: the ratio of the norms, at least 0.
+        eps: ε ≥ 0, in units of the gradient.
+
+    Raises:
+        RuleError: a coefficient that is negative, infinite or NaN.
+
+    >>> import torch, fxreg
+    >>> fxreg.trust_ratio.function(torch.tensor([0.0, 2.0]), torch.tensor([3.0, 4.0]), coefficient=torch.tensor(0.1))
+    tensor([0.0000, 0.5000])
+
+    Source: You, Gitman and Ginsburg (2017), "Large batch training of convolutional networks", eq. 6.
+    """
+    mine, its = torch.linalg.vector_norm(grad), torch.linalg.vector_norm(weight).to(grad.dtype)
+    return torch.where((mine > 0) & (its > 0), grad * (coefficient * its / (mine + eps)), grad)
+
+
+@gradient
+def tangent(grad: Tensor, weight: Tensor) -> Tensor:
+    """Leave out what would change the units' norms, g_u ← g_u − w_u · ⟨g_u, w_u⟩ / ‖w_u‖₂².
+
+    One unit u per index along the first dimension; vectors and scalars pass unchanged, and so does a unit whose weight
+    is 0. What is left is tangent to the sphere on which w_u lies: for weights of unit norm, and for weights before a
+    normalization, whose norms say nothing.
+
+    >>> import torch, fxreg
+    >>> fxreg.tangent.function(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]]))
+    tensor([[0., 2.]])
+
+    Source: Absil, Mahony and Sepulchre (2008), "Optimization algorithms on matrix manifolds", section 3.6.
+    """
+    if grad.ndim < 2:
+        return grad
+    norms = group_norms(weight, 0)
+    unit = torch.where(norms > 0, weight / norms, 0).to(grad.dtype)
+    return grad - unit * (grad * unit).sum(tuple(range(1, grad.ndim)), keepdim=True)
 
 
 @gradient
@@ -170,6 +285,14 @@ def add_noise(
     deviation = (eta / step.to(grad.dtype) ** gamma).sqrt()
     index = torch.arange(grad.numel(), device=grad.device).reshape(grad.shape)
     return grad + deviation * _standard_normal(key, step, index).to(grad.dtype)
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """The 2-norm of each output unit, of all of a vector or scalar; broadcastable against the tensor."""
+    if tensor.ndim > 1:
+        return group_norms(tensor, 0)
+    norm: Tensor = torch.linalg.vector_norm(tensor)
+    return norm
 
 
 def _standard_normal(key: Tensor, step: Tensor, index: Tensor) -> Tensor:

@@ -31,12 +31,12 @@ def group_lasso(weight: Tensor, *, dim: int | tuple[int, ...] = 0) -> Tensor:
 
     Source: Yuan and Lin (2006), "Model selection and estimation in regression with grouped variables", eq. 2.1.
     """
-    return _group_norms(weight, dim).sum()
+    return group_norms(weight, dim).sum()
 
 
 @group_lasso.gradient
 def _(weight: Tensor, *, dim: int | tuple[int, ...] = 0) -> Tensor:
-    return _directions(weight, _group_norms(weight, dim))
+    return _directions(weight, group_norms(weight, dim))
 
 
 @own_strengths
@@ -60,12 +60,12 @@ def sparse_group_lasso(weight: Tensor, *, l1: Strength, group: Strength, dim: in
 
     Source: Simon, Friedman, Hastie and Tibshirani (2013), "A sparse-group lasso".
     """
-    return l1 * weight.abs().sum() + group * _group_norms(weight, dim).sum()
+    return l1 * weight.abs().sum() + group * group_norms(weight, dim).sum()
 
 
 @sparse_group_lasso.gradient
 def _(weight: Tensor, *, l1: Tensor, group: Tensor, dim: int | tuple[int, ...] = 0) -> Tensor:
-    return l1 * weight.sign() + group * _directions(weight, _group_norms(weight, dim))
+    return l1 * weight.sign() + group * _directions(weight, group_norms(weight, dim))
 
 
 @penalty
@@ -91,16 +91,16 @@ def max_norm(weight: Tensor, *, limit: float, dim: int | tuple[int, ...] = 0) ->
     """
     if limit < 0:
         raise ValueError("limit must be at least 0")
-    return (_group_norms(weight, dim) - limit).clamp_min(0).sum()
+    return (group_norms(weight, dim) - limit).clamp_min(0).sum()
 
 
 @max_norm.gradient
 def _(weight: Tensor, *, limit: float, dim: int | tuple[int, ...] = 0) -> Tensor:
-    norms = _group_norms(weight, dim)
+    norms = group_norms(weight, dim)
     return torch.where(norms > limit, _directions(weight, norms), 0)
 
 
-def _group_norms(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+def group_norms(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """The 2-norm of every group, broadcastable against the weight."""
     kept = axes(dim, weight.ndim)
     reduced = [d for d in range(weight.ndim) if d not in kept]

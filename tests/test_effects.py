@@ -492,7 +492,42 @@ def _centralize(g: Array) -> Array:
     return g - g.mean(axis=tuple(range(1, g.ndim)), keepdims=True) if g.ndim > 1 and g.size else g
 
 
+def _units(g: Array, to: Callable[[Array, Array], Array]) -> Array:
+    """By output unit, with weights of 1; a vector is one unit."""
+    if g.ndim < 2:
+        return to(g, np.ones_like(g))
+    return np.asarray([to(row, np.ones_like(row)) for row in g]).reshape(g.shape)
+
+
+def _norm(x: Array) -> float:
+    return math.sqrt(float((x * x).sum()))
+
+
+def _adaptive(s: float, g: Array) -> Array:
+    def clip(row: Array, w: Array) -> Array:
+        limit = s * max(_norm(w), 1e-3)
+        return row * (limit / max(_norm(row), 1e-6)) if _norm(row) > limit else row
+
+    return _units(g, clip)
+
+
+def _trust(s: float, g: Array) -> Array:
+    return g * (s * math.sqrt(g.size) / _norm(g)) if _norm(g) > 0 else g
+
+
+def _tangent(g: Array) -> Array:
+    """To weights of 1: what is left has no sum."""
+    return g - g.mean(axis=tuple(range(1, g.ndim)), keepdims=True) if g.ndim > 1 and g.size else g
+
+
 TRANSFORMS = {
+    "clip_block_rms": Transform(
+        fxreg.clip_block_rms, lambda s, g: g * min(1.0, s * math.sqrt(g.size) / _norm(g)) if _norm(g) else g
+    ),
+    "adaptive_clip": Transform(fxreg.adaptive_clip, _adaptive),
+    "normalize": Transform(fxreg.normalize, lambda s, g: g * s / (_norm(g) + 1e-6)),
+    "trust_ratio": Transform(fxreg.trust_ratio, _trust),
+    "tangent": Transform(lambda s: fxreg.tangent(), lambda s, g: _tangent(g)),
     "clip_value": Transform(fxreg.clip_value, lambda s, g: np.clip(g, -s, s)),
     "clip_norm": Transform(fxreg.clip_norm, lambda s, g: g * min(1.0, s / (math.sqrt((g * g).sum()) + 1e-6))),
     "scale": Transform(fxreg.scale, lambda s, g: s * g),
@@ -510,6 +545,28 @@ def test_transforms_are_their_formulas_on_random_gradients(name: str, grad: Tens
     expected = torch.from_numpy(np.asarray(TRANSFORMS[name].by_hand(strength, grad.numpy())))
     found = gradient_of(weight, grad, TRANSFORMS[name].make(strength))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_tangent_leaves_the_norms_of_units_and_nothing_along_them() -> None:
+    weight, grad = weights(4, 5, seed=1), weights(4, 5, seed=2, zeros=False)
+    found = gradient_of(weight, grad, fxreg.tangent())
+    assert torch.equal(found[0], grad[0])  # a unit of zeros has no direction
+    torch.testing.assert_close((found * weight).sum(1)[1:], torch.zeros(3, dtype=torch.float64), atol=1e-14, rtol=0)
+    along = (grad - found)[1:] / weight[1:]
+    mean = along.nanmean(1, keepdim=True)
+    torch.testing.assert_close(torch.where(weight[1:] != 0, along, mean), mean.expand(3, 5))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 2), (5,), ()], ids=str)
+def test_trust_ratio_and_adaptive_clip_are_shares_of_the_weights_norms(shape: tuple[int, ...]) -> None:
+    weight, grad = weights(*shape, seed=1, zeros=False), weights(*shape, seed=2, zeros=False)
+    found = gradient_of(weight, grad, fxreg.trust_ratio(0.1))
+    torch.testing.assert_close(found, grad * (0.1 * weight.norm() / grad.norm()))
+    found = gradient_of(weight, grad, fxreg.adaptive_clip(0.1))
+    dims = tuple(range(1, len(shape))) if len(shape) > 1 else tuple(range(len(shape)))
+    limits = 0.1 * weight.square().sum(dims, keepdim=True).sqrt()
+    norms = grad.square().sum(dims, keepdim=True).sqrt()
+    torch.testing.assert_close(found, grad * (limits / norms).clamp(max=1.0))
 
 
 def test_clip_norm_is_torchs_for_a_list_of_one() -> None:

@@ -119,6 +119,16 @@ EXAMPLES = {
     ),
     "clip_value": Example(fxreg.clip_value(0.1), transform=lambda g: g.clamp(-0.1, 0.1)),
     "clip_norm": Example(fxreg.clip_norm(0.1), transform=lambda g: 0.1 * g / max(0.1, float(g.norm()) + 1e-6)),
+    "clip_block_rms": Example(
+        fxreg.clip_block_rms(0.1), transform=lambda g: g / max(1.0, 10 * float(g.square().mean().sqrt()))
+    ),
+    "adaptive_clip": Example(
+        fxreg.adaptive_clip(1e-4, eps=10.0),
+        transform=lambda g: torch.stack([r * min(1.0, 1e-3 / max(float(r.norm()), 1e-6)) for r in g]),
+    ),
+    "normalize": Example(fxreg.normalize(0.3), transform=lambda g: 0.3 * g / (g.norm() + 1e-6)),
+    "trust_ratio": Example(fxreg.trust_ratio(0.3)),  # these two read the weight: by hand in test_effects
+    "tangent": Example(fxreg.tangent()),
     "scale": Example(fxreg.scale(0.3), transform=lambda g: 0.3 * g),
     "freeze": Example(fxreg.freeze(), transform=torch.zeros_like),
     "mask": Example(fxreg.mask(MASK), transform=lambda g: g * MASK),
