@@ -68,8 +68,6 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
     captured = _symbolic(model, arguments)
     if example_inputs is None or not captured.opaque or whole_reason(model, runs=True) or has_hooks(model):
         return captured
-    if any(a.is_open and a.name.startswith("*") for a in arguments):
-        return captured
     recorded = deepen(
         model,
         lambda graph: _add_placeholders(graph, arguments),
@@ -171,7 +169,7 @@ def read_arguments(model: nn.Module, example_inputs: Examples | None) -> tuple[A
         elif star == "**":
             extra = given.get(name, {})
             if len(extra) > 1:
-                found.append(Argument(star + name, True, False, inspect.Parameter.empty, "comes in any order"))
+                found.append(Argument(star + name, True, False, inspect.Parameter.empty, "comes in any order", extra))
             else:
                 found += [Argument(n, True, False, inspect.Parameter.empty, _oddity(v), v) for n, v in extra.items()]
         elif star:
@@ -242,7 +240,8 @@ def _call(model: nn.Module, arguments: tuple[Argument, ...], values: dict[str, A
     """Call the forward with values for its open arguments."""
     values = dict(values)
     args = [values.pop(a.name) for a in arguments if a.is_open and a.by_position]
-    return model.forward(*args, **values)
+    extra = [values.pop(name) for name in list(values) if name.startswith("**")]
+    return model.forward(*args, **values, **(extra[0] if extra else {}))
 
 
 def _holds_size(output: Any) -> bool:

@@ -189,7 +189,7 @@ class _Asking(fx.graph.CodeGen):
                 by_name = any(place.startswith("*") for place in places) and not node.target.startswith("*")
                 places.append(f"{node.target}={node.target}" if by_name else str(node.target))
         (check,) = (node for node in graph.nodes if node.target is calls.expect_assumed)
-        asked = [str(node.target) for node in check.args[1]]  # its name may be other, and not yet bound
+        asked = [str(node.target).lstrip("*") for node in check.args[1]]  # its name may be other, and not yet bound
         which = check.args[2] if len(check.args) > 2 else 0
         if which:
             asked.append(f"which={which}")

@@ -513,3 +513,30 @@ def test_compiled(make: Any) -> None:
         theirs = plain(model(ONES))
         torch.manual_seed(1)
         assert_same(plain(compiled(ONES)), theirs, "compiled", exact=False)
+
+
+class AnyKeywords(nn.Module):
+    """Takes keyword arguments of any number, and cares for their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, **terms: Tensor) -> Tensor:
+        y = self.second(self.first(x)) * (1 if type(x) is Tensor else 2)
+        for i, term in enumerate(terms.values()):
+            y = y * (i + 1) + term
+        return y
+
+
+@pytest.mark.parametrize("is_pickled", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_keyword_arguments_of_any_number_are_recorded_in_their_order(is_pickled: bool, is_compiled: bool) -> None:
+    x, u, v = torch.randn(3, 2, 3).unbind()
+    model = AnyKeywords()
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.1)), example_inputs={"x": x, "u": u, "v": v})
+    assert not fxreg.explain(gm).opaque
+    gm = pickle.loads(pickle.dumps(gm)) if is_pickled else gm
+    called: Any = torch.compile(gm, backend="eager") if is_compiled else gm
+    for terms in ({"u": u, "v": v}, {"v": v, "u": u}, {"u": u}, {}, {"u": u, "v": v, "w": u}, {"u": u, "w": v}):
+        torch.testing.assert_close(called(x, **terms), model(x, **terms), rtol=0, atol=0)
