@@ -37,6 +37,7 @@ from .optimizing import param_groups
 from .regularizers import elastic_net, l1, l2, weight_decay
 from .reporting import diff, explain
 from .rules import Rule
+from .schedules import StrengthScheduler
 from .transforming import strip, transform
 from .verifying import verify
 
@@ -50,6 +51,7 @@ __all__ = [
     "RuleError",
     "Stream",
     "Strength",
+    "StrengthScheduler",
     "VerifyError",
     "adaptive_clip",
     "add_noise",
