@@ -120,7 +120,7 @@ class Layer(nn.Module):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_another_value_is_noticed(name: str, is_compiled: bool) -> None:
     torch.compiler.reset()
     before, after, use = CASES[name]

@@ -88,7 +88,7 @@ CASES: dict[type[Layer], Any] = {
 
 @pytest.mark.parametrize("make", CASES)
 @pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("is_nested", [False, True])
+@pytest.mark.parametrize("is_nested", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_variable_that_changed_is_noticed(
     make: type[Layer], is_compiled: bool, is_nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

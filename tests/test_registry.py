@@ -241,8 +241,20 @@ def test_public_names_are_what_they_say_and_not_the_modules_behind_them() -> Non
         assert callable(getattr(fxreg, name)) or name in ("Strength", "Stream"), name
 
 
-@pytest.mark.parametrize("context", CONTEXTS, ids=lambda context: context.__name__)
-@pytest.mark.parametrize(("name", "via"), WAYS)
+QUICK = ("l1", "elastic_net", "clip_norm", "registry_anchored")
+"""Effects whose contexts are all among the quick tests."""
+
+
+@pytest.mark.parametrize(
+    ("name", "via", "context"),
+    [
+        pytest.param(
+            name, via, context, id=f"{name}-{via}-{context.__name__}",
+            marks=() if name in QUICK or context is eager else pytest.mark.slow,
+        )
+        for name, via in WAYS for context in CONTEXTS
+    ],
+)  # fmt: skip
 def test_in_every_context_the_gradient_is_the_formulas(name: str, via: Any, context: Any) -> None:
     example = EXAMPLES[name]
     rule = fxreg.Rule(example.effect, param="weight", via=via)

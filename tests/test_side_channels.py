@@ -164,7 +164,7 @@ READERS = [Reader, *Reader.__subclasses__()]
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("examples", [None, (ROW,)])
+@pytest.mark.parametrize("examples", [None, pytest.param((ROW,), marks=pytest.mark.slow)])
 def test_nobody_reads_what_was_written_since(writer: Any, reader: Any, examples: Any) -> None:
     shared = Shared()
     model = nn.Sequential(writer(shared), reader(shared))
