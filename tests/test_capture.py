@@ -319,6 +319,7 @@ def test_capture_leaves_no_trace(name: str) -> None:
     assert_equals(observe(case, model, model, probe), expected(name, 0.0), "")
 
 
+@pytest.mark.slow
 @every_model
 def test_verification_leaves_no_trace(name: str) -> None:
     """In the model, the examples and the random numbers; state kept outside the model is the model's own affair."""

@@ -90,6 +90,7 @@ def test_a_new_strength_acts_at_the_next_step_without_recompiling(emit: str, via
     assert backend.compilations == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", CASES)
 @pytest.mark.parametrize("emit", EMITS)
 def test_no_graph_break_that_the_model_alone_does_not_have(model: str, emit: str) -> None:

@@ -76,6 +76,7 @@ def test_training_a_program_is_training_the_model_with_the_penalty_in_its_loss(n
     assert_same(run(gm, inputs, emit), expected(reference, inputs, terms), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("via", ["penalty", "gradient"])
 @pytest.mark.parametrize(
     "again",

@@ -182,7 +182,8 @@ EAGER_ONLY = {"array", "order", "new attribute"}
 
 @pytest.mark.parametrize(
     ("name", "is_compiled"),
-    [(name, is_compiled) for name in INSIDE for is_compiled in ([False] if name in EAGER_ONLY else [False, True])],
+    [(name, False) for name in INSIDE]
+    + [pytest.param(name, True, marks=pytest.mark.slow) for name in INSIDE if name not in EAGER_ONLY],
 )
 def test_a_change_inside_a_value_is_noticed(name: str, is_compiled: bool) -> None:
     torch.compiler.reset()
