@@ -68,10 +68,20 @@ TABLE = {
     **{f"{name}-nested": nested(case) for name, case in CASES.items() if case.nests},
 }
 
-every_case = pytest.mark.parametrize("name", TABLE)
-every_stateful = pytest.mark.parametrize("name", [n for n, c in TABLE.items() if n in CASES or c.remembers])
-every_hiding = pytest.mark.parametrize("name", [n for n, c in TABLE.items() if n in CASES or c.hides])
-every_model = pytest.mark.parametrize("name", CASES)
+COMPILING = ("CompiledChild", "compiled_root")
+"""Models that call the compiler themselves; the quickest of their kind, CompiledFunction, is among the quick tests."""
+
+
+def _each(names: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=pytest.mark.slow if n.startswith(COMPILING) else ()) for n in names]
+    )
+
+
+every_case = _each(TABLE)
+every_stateful = _each(n for n, c in TABLE.items() if n in CASES or c.remembers)
+every_hiding = _each(n for n, c in TABLE.items() if n in CASES or c.hides)
+every_model = _each(CASES)
 
 
 def build(case: Case) -> nn.Module:

@@ -25,7 +25,7 @@ TESTED = (
     "audio_spectrogram_transformer", "encodec", "wav2vec2",
     "clip", "llava", "vilt",
 )  # fmt: skip
-QUICK = ("bert", "llama", "vit")
+QUICK = ("vit",)
 COMPILED = ("bert", "lfm2", "mpt", "pegasus", "resnet")
 WITH_INDUCTOR = ("albert",)
 VISIBLE = {"encodec": 0.09, "recurrent_gemma": 0.28}  # of the layers

@@ -1,5 +1,6 @@
 """Global variables that a forward reads: a graph never goes on with what they were."""
 
+import itertools
 import pickle
 import sys
 import types
@@ -86,9 +87,14 @@ CASES: dict[type[Layer], Any] = {
 }
 
 
-@pytest.mark.parametrize("make", CASES)
-@pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("is_nested", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("make", "is_compiled", "is_nested"),
+    [
+        pytest.param(make, *how, marks=pytest.mark.slow if how[1] or (how[0] and make is not Number) else ())
+        for make in CASES
+        for how in itertools.product([False, True], repeat=2)
+    ],
+)
 def test_a_variable_that_changed_is_noticed(
     make: type[Layer], is_compiled: bool, is_nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,9 +168,14 @@ class Configured(Layer):
     "change",
     [
         lambda model: setattr(model.config, "scale", 3.0),
-        lambda model: model.config.names.append("b"),
-        lambda model: model.table.update(k=3.0),
-        lambda model: setattr(model, "table", {"k": 2.0, "j": 1.0}),
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in (
+                lambda model: model.config.names.append("b"),
+                lambda model: model.table.update(k=3.0),
+                lambda model: setattr(model, "table", {"k": 2.0, "j": 1.0}),
+            )
+        ),
     ],
 )
 def test_what_is_inside_an_attribute_is_guarded_by_compiled_code(change: Any) -> None:

@@ -141,10 +141,16 @@ def assert_same(ours: Any, theirs: Any, where: str, exact: bool = True) -> None:
         assert ours == theirs, where
 
 
+def is_quick(name: str) -> bool:
+    """Of the sizes and the attacks, some; of everything else, each."""
+    of_a_kind = [one for one in CASES if one.startswith("size-")], list(ATTACKS)
+    return all(name not in kind or kind.index(name) % 4 == 0 for kind in of_a_kind)
+
+
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
-        pytest.param(name, rule, id=f"{name}-{label}", marks=[] if rule is L1 else pytest.mark.slow)
+        pytest.param(name, rule, id=f"{name}-{label}", marks=[] if rule is L1 and is_quick(name) else pytest.mark.slow)
         for name in CASES
         for label, rule in (("l1", L1), ("half", HALF))
         if rule is L1 or not name.startswith("size-")
@@ -154,7 +160,9 @@ def test_later_calls_are_the_models(name: str, rule: fxreg.Rule) -> None:
     check(CASES[name], rule)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if is_quick(name) else pytest.mark.slow) for name in ATTACKS]
+)
 def test_attacks_are_the_models_or_refused(name: str) -> None:
     check(ATTACKS[name], L1)
 

@@ -241,7 +241,7 @@ def test_public_names_are_what_they_say_and_not_the_modules_behind_them() -> Non
         assert callable(getattr(fxreg, name)) or name in ("Strength", "Stream"), name
 
 
-QUICK = ("l1", "elastic_net", "clip_norm", "registry_anchored")
+QUICK = ("l1", "clip_norm")
 """Effects whose contexts are all among the quick tests."""
 
 
@@ -438,6 +438,7 @@ for arguments, body in CELLS:
 """
 
 
+@pytest.mark.slow
 def test_a_session_that_redefines_effects_ends_cleanly() -> None:
     """Operators are deregistered at exit, all of them."""
     result = subprocess.run(
