@@ -5,19 +5,26 @@ re-tracing keep as a node (`is_wrapped`), and none of them has a backward of its
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 from torch.utils import _pytree as pytree  # private by name only: what torch.export and torch.func document
+from torch.utils.hooks import RemovableHandle
 
 from .errors import CaptureError, FxregError
 from .operators import attach as _attach_operator
+from .operators import total
 from .structure import follow, likeness, map_tensors, replace_field, tensors
+
+Watched: TypeAlias = tuple[Any, ...]
+"""A module inside another by its path, `"output"` or `"input"`, and what `penalize` is to be told."""
+Penalized: TypeAlias = tuple[Any, list[Tensor]]
+"""What a module returned, and a penalty for each module inside it that was watched."""
 
 
 def call_model(
@@ -31,6 +38,93 @@ def call_model(
     """Call the whole original model: what a graph does when the root itself is opaque."""
     args, kwargs = (*args, *more_args), {**kwargs, **(more_kwargs or {})}
     return call_with(state.model, substitutes, args, kwargs) if substitutes else state.call_model(args, kwargs)
+
+
+def call_model_penalized(
+    state: Any,
+    watched: list[Watched],
+    substitutes: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    more_args: tuple[Any, ...] = (),
+    more_kwargs: dict[str, Any] | None = None,
+) -> Penalized:
+    """`call_model`, and what `call_penalized` gives beside."""
+    call_args = (state, substitutes, args, kwargs, more_args, more_kwargs)
+    return cast(Penalized, _penalized(state.model, watched, call_model, call_args))
+
+
+def call_penalized(
+    module: nn.Module,
+    watched: list[Watched],
+    substitutes: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Penalized:
+    """Call a module as a whole; beside what it returns, the penalties on activations of modules inside, one for each
+    that is watched."""
+    return cast(Penalized, _penalized(module, watched, call_with, (module, substitutes, args, kwargs)))
+
+
+# Dynamo would not see the hooks.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _penalized(module: nn.Module, watched: list[Watched], call: Callable[..., Any], args: tuple[Any, ...]) -> Penalized:
+    zero = torch.zeros(())
+    if not torch.is_grad_enabled() and all(arguments.get("value") is False for _, _, _, _, arguments, _, _ in watched):
+        return call(*args), [zero for _ in watched]
+    terms: list[list[Tensor]] = [[] for _ in watched]
+    thread = threading.get_ident()
+
+    def watch(path: str, on: str, found: list[Tensor], penalty: Any) -> RemovableHandle:
+        inner = module.get_submodule(path)
+
+        def note(values: Any) -> None:
+            if threading.get_ident() == thread:
+                # What is inside may write into them later.
+                found.append(penalize(map_tensors(torch.clone, values), *penalty))
+
+        if on == "output":
+            return inner.register_forward_hook(lambda module, args, output: note(output))
+        return inner.register_forward_pre_hook(
+            lambda module, args, kwargs: note((args, kwargs)), prepend=True, with_kwargs=True
+        )
+
+    handles = [watch(path, on, found, penalty) for (path, on, *penalty), found in zip(watched, terms, strict=True)]
+    try:
+        result = call(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result, [total(found) if found else zero for found in terms]
+
+
+def penalize(
+    values: Any, effect: str, strengths: list[Tensor], arguments: dict[str, Any], reduction: str, what: str
+) -> Tensor:
+    """A penalty on every floating-point tensor in some values.
+
+    Args:
+        effect: the name of the penalty's operator and its overload.
+        what: the values, for people.
+    """
+    found = {id(tensor): tensor for tensor in tensors(values) if tensor.is_floating_point()}
+    if not found:
+        raise FxregError(f"{what}: there is no floating-point tensor to penalize. Narrow the rule, or mend on=.")
+    name, overload = effect.split(".")
+    operator = getattr(getattr(torch.ops.fxreg, name), overload)
+    terms = [reduced(operator(one, *strengths, **arguments), one, reduction) for one in found.values()]
+    result: Tensor = total(terms)
+    return result
+
+
+def reduced(penalty: Tensor, activation: Tensor, reduction: str) -> Tensor:
+    """A penalty over the size of the batch, or over the number of elements."""
+    if reduction == "sum":
+        return penalty
+    if reduction == "batch" and activation.dim() == 0:
+        raise FxregError("reduction='batch': an activation is 0-d and has no batch. Use reduction='sum'.")
+    count = activation.size(0) if reduction == "batch" else activation.numel()
+    return penalty / max(count, 1)
 
 
 def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,6 +275,15 @@ def by_mode(training: bool, one: Any, other: Any) -> Any:
 def make(recipe: Any, parts: list[Any]) -> Any:
     """A new object, of the kind that the forward made when it was recorded."""
     return follow(recipe, parts)
+
+
+def refuse(message: str) -> None:
+    """What a graph does that would be wrong: an error."""
+    raise CaptureError(message)
+
+
+def passes(values: tuple[Any, ...], path: str, on: str) -> None:
+    """Here activations of a module pass: a mark for the stage that writes penalties, which takes it away."""
 
 
 def unpack(value: Any, count: int) -> tuple[Any, ...]:

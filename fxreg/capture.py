@@ -2,7 +2,7 @@
 
 import contextvars
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -56,16 +56,21 @@ class Argument:
     example: Any = None
 
 
-def capture(model: nn.Module, example_inputs: Examples | None = None) -> Captured:
+def capture(
+    model: nn.Module, example_inputs: Examples | None = None, marked: Collection[str] = frozenset()
+) -> Captured:
     """Trace the model's forward; the root itself becomes one opaque call if it cannot be traced.
 
     Where that leaves layers out of sight, and there are examples, the forward is recorded as well.
+
+    Args:
+        marked: the paths of the modules whose activations the graph is to mark, where it sees them pass.
 
     Raises:
         CaptureError: examples that do not fit the forward's signature.
     """
     arguments = read_arguments(model, example_inputs)
-    captured = _symbolic(model, arguments)
+    captured = _symbolic(model, arguments, marked)
     if example_inputs is None or not captured.opaque or whole_reason(model, runs=True) or has_hooks(model):
         return captured
     recorded = deepen(
@@ -73,6 +78,7 @@ def capture(model: nn.Module, example_inputs: Examples | None = None) -> Capture
         lambda graph: _add_placeholders(graph, arguments),
         {a.name: a.example for a in arguments if a.is_open},
         lambda values: _call(model, arguments, values),
+        marked,
     )
     if recorded is None or len(visible_layers(model, recorded.graph)) <= len(visible_layers(model, captured.graph)):
         return captured
@@ -93,19 +99,19 @@ def visible_layers(model: nn.Module, graph: fx.Graph) -> set[str]:
     }
 
 
-def _symbolic(model: nn.Module, arguments: tuple["Argument", ...]) -> Captured:
+def _symbolic(model: nn.Module, arguments: tuple["Argument", ...], marked: Collection[str]) -> Captured:
     """What can be said without an example."""
     odd = (f"argument {a.name!r} {a.oddity}" for a in arguments if a.oddity)
     reason = whole_reason(model) or next(odd, None)
     if reason is None:
         try:
-            return _traced(model, arguments)
+            return _traced(model, arguments, marked)
         except Untraceable as failure:
             reason = str(failure)
     return Captured(_whole(arguments), {"": reason}, remember(model))
 
 
-def _traced(model: nn.Module, arguments: tuple[Argument, ...]) -> Captured:
+def _traced(model: nn.Module, arguments: tuple[Argument, ...], marked: Collection[str]) -> Captured:
     """Trace until nothing is left that an earlier trace could not know; raise Untraceable if the root must be opaque.
 
     A second trace watches for side effects if the first had any. Another is needed for whoever reads what only the
@@ -113,7 +119,7 @@ def _traced(model: nn.Module, arguments: tuple[Argument, ...]) -> Captured:
     """
     watches, forced = False, dict[str, str]()
     while "" not in forced:
-        tracer = SoundTracer(model, f"{CHILD}.model", forced, watches)
+        tracer = SoundTracer(model, f"{CHILD}.model", forced, marked, watches)
         try:
             graph = _trace(tracer, arguments)
         except Untraceable:
@@ -220,10 +226,15 @@ def _annotated_oddity(annotation: Any) -> str | None:
 
 def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...]) -> fx.Graph:
     nodes = _add_placeholders(tracer.graph, arguments)
+    is_marked = "" in tracer.marked
 
     def run() -> Any:
         values = {a.name: TracedValue(nodes[a.name], tracer) for a in arguments if a.is_open}
+        if is_marked:
+            tracer.mark(tuple(values.values()), "", "input")
         output = _call(tracer.root, arguments, values)
+        if is_marked:
+            tracer.mark(output, "", "output")
         if _holds_size(output):
             tracer.give_up("returns a torch.Size")
         return tracer.create_arg(output)

@@ -7,9 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import checked_strength
+from .calls import reduced
 from .effects import Effect, Penalty, strength_name
 from .errors import FxregError, RuleError
 from .module import State, emitted, state_of
+from .observing import observing
+from .planning import PenalizeActivation
+from .snapshots import borrowed
+from .structure import fresh, map_tensors
 
 
 class _UnknownLabelError(FxregError, KeyError):
@@ -113,10 +118,14 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
 
     Args:
         gm: what `fxreg.transform` returned; no forward call is needed.
-        inputs: only for rules on activations.
+        inputs: only for rules on activations: the model runs on them, in its mode, and its state, RNG and buffers are
+            put back.
 
     Returns:
         0-d tensors, for every rule whose effect is a penalty, whatever its `via`.
+
+    Raises:
+        FxregError: rules on activations, and no inputs; not a module that `fxreg.transform` returned.
 
     >>> import torch, fxreg
     >>> model = torch.nn.Linear(4, 2)
@@ -128,14 +137,52 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     state = state_of(gm)
     parameters = dict(emitted(gm).named_parameters())
     found: dict[str, Tensor] = {}
-    for edit in state.provenance.plan.edits:
-        definition = edit.effect.definition
-        if isinstance(definition, Penalty):
-            weight = parameters[edit.site]
+    plan = state.provenance.plan
+    if plan.activations and not inputs:
+        raise FxregError(
+            f"penalties: rule {plan.activations[0].label!r} is on activations, which depend on inputs. Pass them: "
+            "fxreg.penalties(gm, *inputs)."
+        )
+
+    def add(label: str, value: Tensor) -> None:
+        found[label] = found[label] + value.to(found[label].device) if label in found else value
+
+    for edit in plan.edits:
+        if isinstance(edit, PenalizeActivation):
+            add(edit.label, torch.zeros(()))
+        elif isinstance(edit.effect.definition, Penalty):
             live = live_strengths(state, edit.label, edit.effect)
-            value = definition.formula.value(weight, live, edit.effect.arguments)
-            found[edit.label] = found[edit.label] + value.to(found[edit.label].device) if edit.label in found else value
-    return found
+            add(edit.label, edit.effect.definition.formula.value(parameters[edit.site], live, edit.effect.arguments))
+    if plan.activations:
+        args = map_tensors(fresh, inputs)
+        note = lambda edit, activation: add(edit.label, activation_value(state, edit, activation))  # noqa: E731
+        # Torch's layers take other ways where no gradient is wanted.
+        with (
+            torch.enable_grad(),
+            borrowed(state.model, [state], training=None),
+            observing(state.model, plan.activations, note),
+        ):
+            state.model(*args)
+    return {label: value.detach() for label, value in found.items()}
+
+
+def activation_value(state: State, edit: PenalizeActivation, activation: Tensor) -> Tensor:
+    """What a rule's penalty is on one activation.
+
+    Raises:
+        RuleError: the formula does not fit it.
+    """
+    definition, live = edit.effect.definition, live_strengths(state, edit.label, edit.effect)
+    assert isinstance(definition, Penalty)
+    try:
+        return reduced(definition.formula.value(activation, live, edit.effect.arguments), activation, edit.reduction)
+    except FxregError:
+        raise
+    except Exception as error:
+        raise RuleError(
+            f"rule {edit.label!r}: {edit.effect!r} does not fit the {edit.site} of shape {tuple(activation.shape)}: "
+            f"{error}. Mend the effect's arguments, or narrow the rule."
+        ) from error
 
 
 def state_dict(gm: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ differ between training and evaluation, one graph holds both; where more does, e
 """
 
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -43,6 +43,7 @@ def deepen(
     place: Callable[[fx.Graph], dict[str, fx.Node]],
     arguments: dict[str, Any],
     call: Callable[..., Any],
+    marked: Collection[str],
 ) -> Captured | None:
     """Record the model's forward on an example.
 
@@ -50,26 +51,29 @@ def deepen(
         place: adds the placeholders to a graph, and returns them by name.
         arguments: the example, by name.
         call: calls the forward with arguments by name.
+        marked: the paths of the modules whose activations the graph is to mark.
     """
     if iterator_kept(model) is not None:
         return None
     sets_more = _sets_more_than_modes(model)
-    recorded = _recorded(model, place, arguments, call, sets_more)
+    recorded = _recorded(model, place, arguments, call, marked, sets_more)
     if recorded is None or sets_more or all(one.holds_in(WAYS) for one in recorded.chain):
         return recorded
     compiled = None
     with as_if_compiled(), suppress(Exception):  # there it may fail, whatever it does elsewhere
-        compiled = _recorded(model, place, arguments, call, sets_more)
+        compiled = _recorded(model, place, arguments, call, marked, sets_more)
     if compiled is None:
         return recorded
     return recorded.in_ways(("eager", "compiled")) if _alike(recorded, compiled) else recorded.before(compiled)
 
 
-def _recorded(model: nn.Module, place: Any, arguments: dict[str, Any], call: Any, sets_more: bool) -> Captured | None:
+def _recorded(
+    model: nn.Module, place: Any, arguments: dict[str, Any], call: Any, marked: Collection[str], sets_more: bool
+) -> Captured | None:
     forced: dict[str, str] = {}
     for _ in range(_TRIES):
         try:
-            return _Session(model, place, arguments, call, forced, sets_more).recorded()
+            return _Session(model, place, arguments, call, forced, marked, sets_more).recorded()
         except _Again as again:
             if "" in again.forced or not again.forced.keys() - forced.keys():
                 return None
@@ -83,10 +87,17 @@ class _Session:
     """Everything that is done with one choice of modules to keep whole."""
 
     def __init__(
-        self, model: nn.Module, place: Any, arguments: Any, call: Any, forced: dict[str, str], sets_more: bool
+        self,
+        model: nn.Module,
+        place: Any,
+        arguments: Any,
+        call: Any,
+        forced: dict[str, str],
+        marked: Collection[str],
+        sets_more: bool,
     ) -> None:
         self.model, self.place, self.arguments, self.call = model, place, arguments, call
-        self.forced, self.sets_more = forced, sets_more
+        self.forced, self.marked, self.sets_more = forced, marked, sets_more
         self.also = global_objects(model)
         self.watches = False
         self.settled = self._settle()
@@ -188,7 +199,7 @@ class _Session:
         return recorder
 
     def _record(self) -> Recorder:
-        recorder = Recorder(self.model, f"{CHILD}.model", self.forced, self.also, self.watches)
+        recorder = Recorder(self.model, f"{CHILD}.model", self.forced, self.also, self.marked, self.watches)
         try:
             recorder.record(self.place, map_tensors(fresh, self.arguments), self.call)
         except Exception as error:  # not Untraceable, which is none

@@ -1,143 +1,68 @@
 """lower: (captured graph, plan) → the emitted module. The only stage that writes into a graph."""
 
 import hashlib
-import itertools
-import keyword
 import operator
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from . import calls, operators
 from .captured import Captured
-from .effects import Effect, Gradient, Penalty, strength_name
+from .effects import Gradient, Penalty
 from .errors import CaptureError
 from .hidden_uses import hidden_uses
-from .module import CHILD, Provenance, RegularizedModule, State, located, scalar_dtype
-from .planning import Emit, LeaveToCompanion, Penalize, Plan, PullBack
+from .inserting import Insertion
+from .module import CHILD, RegularizedModule, located
+from .penalizing import check_called, penalize_activations, unseen
+from .planning import Emit, Penalize, Plan, PullBack
+
+_WHOLE_MODEL: dict[Any, int] = {calls.call_model: 1, calls.call_model_penalized: 2}
+"""Where calls of the whole model take stand-ins for parameters."""
 
 
 def lower(model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> RegularizedModule:
     """Rewrite a copy of the captured graph as the plan says, and wrap it around the model's own state.
 
     Raises:
-        CaptureError: a gradient transform on a parameter that is also reached past its registered name.
+        CaptureError: a gradient transform on a parameter that is also reached past its registered name; a rule on calls
+            that may stand where the graph does not see them.
+        MatchError: a rule on activations that finds no call.
     """
     lowering = _Lowering(model, captured, plan, emit)
     gm = lowering.emitted()
-    others = (
-        _Lowering(model, one, plan, emit, lowering, which).emitted()
-        for which, one in enumerate(captured.chain[1:], start=1)
-    )
-    vars(lowering.state)["others"] = tuple(others)  # no children: they have the state for one
+    others = [
+        _Lowering(model, one, plan, emit, lowering, which) for which, one in enumerate(captured.chain[1:], start=1)
+    ]
+    vars(lowering.state)["others"] = tuple(one.emitted() for one in others)  # no children: they have the state for one
+    check_called(plan, [lowering.calls, *(one.calls for one in others)])
     return gm
 
 
-class _Lowering:
-    """One rewrite: the graph being written, and what has been inserted so far; its state may be another one's."""
+def refuses(gm: fx.GraphModule) -> bool:
+    """Whether a graph is there only to say that it would be wrong."""
+    return any(node.target is calls.refuse for node in gm.graph.nodes)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        captured: Captured,
-        plan: Plan,
-        emit: Emit,
-        first: "_Lowering | None" = None,
-        which: int = 0,
-    ) -> None:
-        self.model, self.plan, self.emit = model, plan, emit
-        self.device = _device_of(model)
-        self.graph = fx.Graph()
-        result = self.graph.graph_copy(captured.graph, {})
-        self.output = self.graph.output(result)
-        self.reads: dict[str, fx.Node] = {}
-        self.nodes: dict[str, str] = {}
-        self.strengths: dict[str, str] = first.strengths if first else {}
-        self.streams: dict[tuple[str, str], str] = first.streams if first else {}
-        self.arguments: dict[tuple[str, str], str] = first.arguments if first else {}
-        provenance = Provenance(plan, emit, False, self.nodes, self.strengths, self.streams)
-        self.state: State = first.state if first else State(model, captured, provenance, self.device)
-        if captured.assumed is not None:
-            self._check_assumed(which)
-        for edit in plan.edits:
-            if not isinstance(edit, LeaveToCompanion):
-                self._register(edit.label, edit.effect)
+
+class _Lowering(Insertion):
+    """One rewrite, edit by edit."""
 
     def emitted(self) -> RegularizedModule:
+        terms: list[fx.Node] = []
+        if why := unseen(self):
+            if not self.is_alternative:
+                raise CaptureError(why)
+            with self.graph.inserting_before(self.first()):
+                self.insert("", "call_function", calls.refuse, (why,))
+        else:
+            terms = penalize_activations(self)
         self._pull_gradients()
-        self._add_penalties()
+        self._add_penalties(terms)
         for node in self.graph.nodes:
             if node.op in ("get_attr", "call_module") and (place := located(node.target)) != node.target:
                 node.target = place
         return RegularizedModule(self.model, self.state, self.graph)
-
-    def _check_assumed(self, which: int) -> None:
-        """Ask in the graph itself, too, for whoever runs it without the module's forward."""
-        places = [node for node in self.graph.nodes if node.op == "placeholder"]
-        checked = {node.args[0] for node in self.graph.nodes if node.target is calls.expect_default}
-        first = next(node for node in self.graph.nodes if node.op != "placeholder")
-        with self.graph.inserting_before(first):
-            arguments = [node for node in places if node not in checked]
-            args = (self.graph.get_attr(CHILD), arguments, *([which] if which else []))
-            self._insert("", "call_function", calls.expect_assumed, args)
-
-    # State.
-
-    def _register(self, label: str, effect: Effect) -> None:
-        """Give an effect's strengths and tensor arguments their buffers."""
-        device = self.device
-        for name, value in effect.strengths.items():
-            public = strength_name(label, effect, name)
-            dtype = scalar_dtype(device)
-            if public not in self.strengths:
-                self.strengths[public] = self._buffer(public, torch.tensor([value], dtype=dtype, device=device))
-        for name, value in effect.arguments.items():
-            if isinstance(value, Tensor) and (label, name) not in self.arguments:
-                self.arguments[label, name] = self._buffer(f"{label}.{name}", value.to(device))
-
-    def _buffer(self, name: str, value: Tensor) -> str:
-        """Register a buffer under the name, or the nearest one that is free and an identifier."""
-        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
-        plain = plain if plain.isidentifier() and not keyword.iskeyword(plain) else f"rule_{plain}"
-        free = (plain if count == 1 else f"{plain}_{count}" for count in itertools.count(1))
-        buffer = next(candidate for candidate in free if not hasattr(self.state, candidate))
-        self.state.register_buffer(buffer, value, persistent=False)
-        return buffer
-
-    # Nodes.
-
-    def _insert(
-        self, label: str, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None, name: str = ""
-    ) -> fx.Node:
-        node = self.graph.create_node(
-            op, target, args, kwargs or {}, name=re.sub(r"\W", "_", name, flags=re.ASCII) or None
-        )
-        node.meta["fxreg"] = label
-        if getattr(target, "__module__", None) == calls.__name__:
-            node.meta["is_wrapped"] = True
-        self.nodes[node.name] = label
-        return node
-
-    def _read(self, label: str, buffer: str) -> fx.Node:
-        """One read of a buffer of fxreg's, right behind the arguments, for all its uses."""
-        if buffer not in self.reads:
-            first = next(node for node in self.graph.nodes if node.op != "placeholder")
-            with self.graph.inserting_before(first):
-                self.reads[buffer] = self._insert(label, "get_attr", f"{CHILD}.{buffer}", name=buffer)
-        return self.reads[buffer]
-
-    def _tensors(self, label: str, effect: Effect) -> list[fx.Node]:
-        """Reads of an effect's strengths, in the order of its operator."""
-        return [self._read(label, self.strengths[strength_name(label, effect, n)]) for n in effect.strengths]
-
-    def _named(self, label: str, effect: Effect) -> dict[str, Any]:
-        return {
-            name: self._read(label, self.arguments[label, name]) if isinstance(value, Tensor) else value
-            for name, value in effect.arguments.items()
-        }
 
     # Gradients.
 
@@ -148,8 +73,7 @@ class _Lowering:
         names = _parameter_names(self.model)
         _refuse_hidden_uses(self.model, pulls)
         uses = list(self.graph.nodes)
-        first = next(node for node in self.graph.nodes if node.op != "placeholder")
-        with self.graph.inserting_before(first):
+        with self.graph.inserting_before(self.first()):
             pulled = {site: self._pulled(site, edits) for site, edits in pulls.items()}
         by_name = {name: pulled[site] for name, site in names.items() if site in pulled}
         inside: dict[str, dict[str, fx.Node]] = {}
@@ -161,11 +85,11 @@ class _Lowering:
 
     def _pulled(self, site: str, edits: tuple[PullBack, ...]) -> fx.Node:
         """The parameter as its uses are to see it. The gradient meets the last node first."""
-        node = self._insert(edits[0].label, "get_attr", site)
+        node = self.insert(edits[0].label, "get_attr", site)
         for edit in reversed(edits):
             definition = edit.effect.definition
-            scale = self._read("", "loss_scale")
-            tensors = self._tensors(edit.label, edit.effect)
+            scale = self.read("", "loss_scale")
+            tensors = self.tensors(edit.label, edit.effect)
             if isinstance(definition, Penalty):
                 target: Any = definition.gradient_operator
                 suffix = "gradient"
@@ -176,12 +100,12 @@ class _Lowering:
                     key = _stream_key(edit)
                     stream = torch.tensor([key, 0], dtype=torch.int64, device=self.device)
                     if (edit.label, site) not in self.streams:
-                        self.streams[edit.label, site] = self._buffer(f"{edit.label}.{site}.stream", stream)
+                        self.streams[edit.label, site] = self.buffer(f"{edit.label}.{site}.stream", stream)
                     buffer = self.streams[edit.label, site]
-                    tensors = self._in_schema_order(definition, tensors, self._read(edit.label, buffer))
+                    tensors = self._in_schema_order(definition, tensors, self.read(edit.label, buffer))
             name = "_".join(filter(None, (site, edit.label, suffix)))
-            kwargs = self._named(edit.label, edit.effect)
-            node = self._insert(edit.label, "call_function", target, (node, scale, *tensors), kwargs, name)
+            kwargs = self.named(edit.label, edit.effect)
+            node = self.insert(edit.label, "call_function", target, (node, scale, *tensors), kwargs, name)
         return node
 
     @staticmethod
@@ -206,14 +130,16 @@ class _Lowering:
             called.meta.update(node.meta, is_wrapped=True)
             node.replace_all_uses_with(called)
             self.graph.erase_node(node)
-        elif node.target is calls.call_model:
-            node.update_arg(1, dict(pulled))
+        elif node.target is calls.call_penalized and str(node.args[0].target) in inside:  # type: ignore[union-attr]
+            node.update_arg(2, inside[str(node.args[0].target)])  # type: ignore[union-attr]
+        elif node.target in _WHOLE_MODEL:
+            node.update_arg(_WHOLE_MODEL[node.target], dict(pulled))
 
     # Penalties.
 
-    def _add_penalties(self) -> None:
+    def _add_penalties(self, terms: list[fx.Node]) -> None:
         with self.graph.inserting_before(self.output):
-            terms = [self._penalty(edit) for edit in self.plan.penalties]
+            terms = [*terms, *(self._penalty(edit) for edit in self.plan.penalties)]
             result = self.output.args[0]
             match self.emit:
                 case "backward" if terms:
@@ -221,11 +147,9 @@ class _Lowering:
                 case "output":
                     result = (result, self._total(terms))
                 case "loss" if terms:
-                    training = self._insert("", "get_attr", CHILD)
-                    training = self._insert("", "call_function", getattr, (training, "training"))
-                    result = self._insert(
-                        "", "call_function", calls.add_to_loss, (result, self._total(terms), training)
-                    )
+                    training = self.insert("", "get_attr", CHILD)
+                    training = self.insert("", "call_function", getattr, (training, "training"))
+                    result = self.insert("", "call_function", calls.add_to_loss, (result, self._total(terms), training))
         self.output.args = (result,)
 
     def _attached(self, result: Any, terms: list[fx.Node]) -> Any:
@@ -243,11 +167,11 @@ class _Lowering:
             return node
 
         fx.map_arg(result, find)
-        scale = self._read("", "loss_scale")
+        scale = self.read("", "loss_scale")
         if not makers:
-            return self._insert("", "call_function", calls.attach, (result, terms, scale))
-        attached = self._insert("", "call_function", calls.attach, (list(parts), terms, scale))
-        new = {p: self._insert("", "call_function", operator.getitem, (attached, i)) for i, p in enumerate(parts)}
+            return self.insert("", "call_function", calls.attach, (result, terms, scale))
+        attached = self.insert("", "call_function", calls.attach, (list(parts), terms, scale))
+        new = {p: self.insert("", "call_function", operator.getitem, (attached, i)) for i, p in enumerate(parts)}
         for maker in dict.fromkeys(makers):
             new[maker] = self.graph.node_copy(maker, lambda node: new.get(node, node))
         self.output.args = (fx.map_arg(result, lambda node: new.get(node, node)),)
@@ -256,32 +180,17 @@ class _Lowering:
         return self.output.args[0]
 
     def _penalty(self, edit: Penalize) -> fx.Node:
-        definition = edit.effect.definition
-        assert isinstance(definition, Penalty)
-        weight = self._insert(edit.label, "get_attr", edit.site)
-        kwargs = self._named(edit.label, edit.effect)
-        if self.emit == "backward":
-            kwargs["value"] = False
-        return self._insert(
-            edit.label,
-            "call_function",
-            definition.operator,
-            (weight, *self._tensors(edit.label, edit.effect)),
-            kwargs,
-            f"{edit.site}_{edit.label}",
+        weight = self.insert(edit.label, "get_attr", edit.site)
+        operator, strengths, kwargs = self.formula(edit)
+        return self.insert(
+            edit.label, "call_function", operator, (weight, *strengths), kwargs, f"{edit.site}_{edit.label}"
         )
 
     def _total(self, terms: list[fx.Node]) -> fx.Node:
         if terms:
-            return self._insert("", "call_function", operators.total, (terms,), name="penalty")
-        zero = self._buffer("no_penalty", torch.tensor(0.0, dtype=torch.float32, device=self.device))
-        return self._read("", zero)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    """Where the model is; small tensors on the CPU go with any device, also with meta."""
-    devices = {p.device for p in model.parameters() if p.device.type != "meta"}
-    return devices.pop() if len(devices) == 1 else torch.device("cpu")
+            return self.insert("", "call_function", operators.total, (terms,), name="penalty")
+        zero = self.buffer("no_penalty", torch.tensor(0.0, dtype=torch.float32, device=self.device))
+        return self.read("", zero)
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -4,66 +4,25 @@ import difflib
 import functools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from .effects import Effect, strength_name
 from .errors import MatchError, RuleError
 from .kinds import Kind, kinds
+from .layers import is_layer
 from .rules import Layer, Rule, is_literal, matcher
-
-
-@dataclass(frozen=True)
-class Owner:
-    """One way to a parameter: the module that directly owns it, that module's path and class, and the key there."""
-
-    path: str
-    key: str
-    layer: nn.Module = field(repr=False, compare=False)
-    kind: Kind = field(repr=False, compare=False)
-
-    @property
-    def full_name(self) -> str:
-        return f"{self.path}.{self.key}" if self.path else self.key
-
-
-@dataclass(frozen=True)
-class Site:
-    """One parameter, by identity, however many names it has.
-
-    Attributes:
-        name: its first name in `named_parameters()`.
-        layer: the module that owns it under that name.
-        param: its key in that module.
-        shape, dtype, numel: of the parameter.
-        aliases: its other names.
-    """
-
-    name: str
-    layer: nn.Module = field(repr=False, compare=False)
-    param: str
-    shape: torch.Size
-    dtype: torch.dtype
-    numel: int
-    aliases: tuple[str, ...]
-    trainable: bool
-    owners: tuple[Owner, ...] = field(repr=False)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name, *self.aliases)
+from .sites import ActivationSite, AnySite, Owner, Site, find_activation_sites, find_sites
 
 
 @dataclass(frozen=True)
 class Match:
-    """A rule under its label, and every site it acts on, in the order of `named_parameters()`."""
+    """A rule under its label, and every site it acts on, in the order of `named_parameters()` or `named_modules()`."""
 
     label: str
     rule: Rule
-    sites: tuple[Site, ...]
+    sites: tuple[AnySite, ...]
 
 
 def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
@@ -88,52 +47,18 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
                     f"rule {label!r}: layer={layer!r} names a class that is neither in torch.nn nor in the model"
                     f"{_nearest(near)}. Mend layer=."
                 )
-        chosen = tuple(_selected(rule, label, sites, owned))
+        chosen: tuple[AnySite, ...]
+        if rule.on == "param":
+            parameters = tuple(_selected(rule, label, sites, owned))
+            _check_takes(label, rule.effect, parameters)
+            chosen = parameters
+        else:
+            chosen = tuple(_selected_activations(rule, label, find_activation_sites(model, found_kinds, rule)))
         if not chosen and not rule.optional:
             raise MatchError(_matched_nothing(label, rule, model, sites))
-        _check_takes(label, rule.effect, chosen)
         found.append(Match(label, rule, chosen))
     _check_conflicts(found)
     return tuple(found)
-
-
-def find_sites(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[Site]:
-    """Every parameter of the module once, in the order of `named_parameters()`."""
-    owners: dict[int, list[Owner]] = {}
-    parameters: dict[int, nn.Parameter] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                parameters[id(parameter)] = parameter
-                owners.setdefault(id(parameter), []).append(_owner(model, path, module, key, kinds))
-    for identity, parameter in parameters.items():
-        first, *others = owners[identity]
-        lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-        if lazy:
-            raise MatchError(
-                f"parameter {first.full_name!r} of a lazy {type(first.layer).__name__} has no shape yet. Run one "
-                "forward pass of the model before fxreg reads it."
-            )
-        yield Site(
-            name=first.full_name,
-            layer=first.layer,
-            param=first.key,
-            shape=parameter.shape,
-            dtype=parameter.dtype,
-            numel=parameter.numel(),
-            aliases=tuple(dict.fromkeys(o.full_name for o in others if o.full_name != first.full_name)),
-            trainable=parameter.requires_grad,
-            owners=(first, *others),
-        )
-
-
-def _owner(model: nn.Module, path: str, module: nn.Module, key: str, kinds: Mapping[str, Kind]) -> Owner:
-    """A parametrization's leaves count as the parametrized layer's own."""
-    if kinds[path].is_a(ParametrizationList):
-        parent = path.rpartition("parametrizations.")[0].removesuffix(".")
-        key = f"{path.removeprefix(parent).removeprefix('.')}.{key}"
-        return Owner(parent, key, model.get_submodule(parent), kinds[parent])
-    return Owner(path, key, module, kinds[path])
 
 
 def _by_owner(sites: tuple[Site, ...]) -> dict[str, list[int]]:
@@ -164,14 +89,27 @@ def _selected(rule: Rule, label: str, sites: tuple[Site, ...], owned: Mapping[st
             continue
         if not any(chosen):
             raise MatchError(_undecided(label, rule, site.owners[chosen.index(None)]))
-        try:
-            wanted = rule.where is None or bool(rule.where(site))
-        except Exception as error:
-            raise RuleError(
-                f"rule {label!r}: where= failed at {site.name!r}: {type(error).__name__}: {error}"
-            ) from error
-        if wanted:
+        if _wanted(rule, label, site):
             yield site
+
+
+def _selected_activations(rule: Rule, label: str, sites: Iterable[ActivationSite]) -> Iterator[ActivationSite]:
+    """The modules whose activations a rule acts on, or in whose forwards it looks for calls, in order."""
+    named = matcher("*" if rule.name is None else rule.name)
+    excluded = [matcher(pattern) for pattern in rule.excludes]
+    for site in sites:
+        if rule.op is not None and (is_layer(site.layer) or type(site.layer) is nn.Sequential):
+            continue  # nobody means the calls in torch's own forwards
+        is_chosen = any(map(named, site.names)) and any(_is_of(rule.layers, kind) for kind in site.kinds)
+        if is_chosen and not any(one(name) for one in excluded for name in site.names) and _wanted(rule, label, site):
+            yield site
+
+
+def _wanted(rule: Rule, label: str, site: AnySite) -> bool:
+    try:
+        return rule.where is None or bool(rule.where(site))
+    except Exception as error:
+        raise RuleError(f"rule {label!r}: where= failed at {site.name!r}: {type(error).__name__}: {error}") from error
 
 
 def _is_of(layers: tuple[Layer, ...], kind: Kind) -> bool | None:
@@ -259,15 +197,16 @@ def _check_takes(label: str, effect: Effect, sites: tuple[Site, ...]) -> None:
 
 
 def _check_conflicts(found: list[Match]) -> None:
-    seen: dict[str, list[Match]] = {}
+    seen: dict[AnySite | str, list[Match]] = {}
     for later in found:
         for site in later.sites:
-            for earlier in seen.setdefault(site.name, []):
+            place = site.name if isinstance(site, Site) else site
+            for earlier in seen.setdefault(place, []):
                 _check_pair(earlier, later, site)
-            seen[site.name].append(later)
+            seen[place].append(later)
 
 
-def _check_pair(earlier: Match, later: Match, site: Site) -> None:
+def _check_pair(earlier: Match, later: Match, site: AnySite) -> None:
     first, second = earlier.rule.effect, later.rule.effect
     if first.same_but_strength(second):
         raise MatchError(
@@ -298,12 +237,14 @@ def _undecided(label: str, rule: Rule, owner: Owner) -> str:
 def _matched_nothing(label: str, rule: Rule, model: nn.Module, sites: tuple[Site, ...]) -> str:
     conditions = f" ({', '.join(rule.conditions())})" if rule.conditions() else ""
     wanted = str(rule.name or rule.param or "")
-    candidates = [path for path, _ in model.named_modules() if path] if rule.name else [s.name for s in sites]
+    is_module = rule.on != "param" or rule.name is not None
+    candidates = [path for path, _ in model.named_modules() if path] if is_module else [s.name for s in sites]
     near = difflib.get_close_matches(wanted.strip("*"), candidates, n=3, cutoff=0) if candidates else []
-    what = "modules" if rule.name else "parameters"
+    what = "modules" if is_module else "parameters"
+    keys = "layer=, name=, param=, exclude= or where=" if rule.on == "param" else "layer=, name=, exclude= or where="
     return (
-        f"rule {label!r}{conditions} matched no parameter{_nearest(near, what)}. "
-        "Mend layer=, name=, param=, exclude= or where=, or pass optional=True."
+        f"rule {label!r}{conditions} matched no {'parameter' if rule.on == 'param' else 'module'}"
+        f"{_nearest(near, what)}. Mend {keys}, or pass optional=True."
     )
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -47,6 +47,7 @@ class Provenance:
         nodes: for every inserted node's name, the label of its rule ("" for what serves several).
         strengths: for every name in `fxreg.strengths`, its buffer.
         streams: for every (label, parameter) with a random stream, its buffer.
+        calls: for the label of every rule on activations, the nodes of its penalties.
     """
 
     plan: Plan
@@ -55,6 +56,7 @@ class Provenance:
     nodes: Mapping[str, str]
     strengths: Mapping[str, str]
     streams: Mapping[tuple[str, str], str]
+    calls: Mapping[str, Sequence[str]]
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:

@@ -9,6 +9,8 @@ from tabulate import tabulate
 
 from .effects import Effect, Via
 from .matching import Match
+from .rules import On, Op, Reduction, op_name
+from .sites import ActivationSite
 
 Emit: TypeAlias = Literal["backward", "output", "loss"]
 
@@ -43,7 +45,35 @@ class LeaveToCompanion(_AtSite):
     via: Literal["optimizer", "proximal"]
 
 
-Edit: TypeAlias = Penalize | PullBack | LeaveToCompanion
+@dataclass(frozen=True)
+class PenalizeActivation:
+    """Add s·R(a) to the objective for every call: a penalty node behind each, once the calls are known.
+
+    Attributes:
+        sites: the path of the module; with `op`, of every module in whose forward it is looked for.
+        aliases: the other paths of the module.
+        optional: whether it is fine that there is no call.
+    """
+
+    label: str
+    effect: Effect
+    sites: tuple[str, ...]
+    on: On
+    op: Op | None
+    reduction: Reduction
+    aliases: tuple[str, ...]
+    optional: bool
+
+    @property
+    def site(self) -> str:
+        """What is acted on, for people."""
+        if self.op is None:
+            return f"{self.on} of {self.sites[0] or 'the model'}"
+        where = self.sites[0] or "the model" if len(self.sites) == 1 else f"{len(self.sites)} modules"
+        return f"{self.on} of {op_name(self.op)} in {where}"
+
+
+Edit: TypeAlias = Penalize | PenalizeActivation | PullBack | LeaveToCompanion
 
 
 @dataclass(frozen=True)
@@ -55,6 +85,10 @@ class Plan:
     @property
     def penalties(self) -> tuple[Penalize, ...]:
         return tuple(edit for edit in self.edits if isinstance(edit, Penalize))
+
+    @property
+    def activations(self) -> tuple[PenalizeActivation, ...]:
+        return tuple(edit for edit in self.edits if isinstance(edit, PenalizeActivation))
 
     @property
     def effects(self) -> dict[str, Effect]:
@@ -91,7 +125,15 @@ def plan(matches: tuple[Match, ...]) -> Plan:
 
 def _edits(matches: tuple[Match, ...]) -> Iterator[Edit]:
     for match in matches:
+        activations = [site for site in match.sites if isinstance(site, ActivationSite)]
+        together = [activations] if match.rule.op and activations else [[site] for site in activations]
+        for sites in together:
+            paths, aliases = tuple(site.name for site in sites), sites[0].aliases if match.rule.op is None else ()
+            act = (match.rule.on, match.rule.op, match.rule.reduction, aliases, match.rule.optional)
+            yield PenalizeActivation(match.label, match.rule.effect, paths, *act)
         for site in match.sites:
+            if isinstance(site, ActivationSite):
+                continue
             at = (match.label, match.rule.effect, site.name, site.shape, site.dtype, site.aliases, site.trainable)
             match match.rule.lowering:
                 case "penalty":
@@ -107,6 +149,9 @@ def _edits(matches: tuple[Match, ...]) -> Iterator[Edit]:
 def _row(edit: Edit) -> tuple[str, ...]:
     notes = [f"also {', '.join(edit.aliases)}"] if edit.aliases else []
     match edit:
+        case PenalizeActivation():
+            notes += ["each call"] if edit.reduction == "sum" else [f"each call, {edit.reduction}"]
+            return (edit.label, repr(edit.effect), edit.site, "", "", "penalty", "; ".join(notes))
         case Penalize():
             lowering = "penalty"
             notes += [] if edit.trainable else ["frozen: counts in the value, gets no gradient"]

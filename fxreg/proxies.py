@@ -3,10 +3,10 @@
 import dis
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
 from .calls import unpack
@@ -86,6 +86,25 @@ for _name in (
     "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul",
 ):  # fmt: skip
     setattr(TracedValue, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+
+
+def proxies_in(value: Any, seen: frozenset[int] = frozenset()) -> Iterator[fx.Proxy]:
+    """The proxies in a value: in containers, and in the attributes of objects that are no modules."""
+    kind = type(value)  # asking isinstance of a proxy makes the tracer give up
+    inside: Iterable[Any] = ()
+    if issubclass(kind, fx.Proxy):
+        yield value
+    elif id(value) in seen or issubclass(kind, nn.Module | Tensor | type):
+        return
+    elif issubclass(kind, tuple | list):
+        inside = value
+    elif issubclass(kind, dict):
+        inside = value.values()
+    else:
+        attributes = getattr(value, "__dict__", None)
+        inside = attributes.values() if isinstance(attributes, dict) else ()
+    for one in inside:
+        yield from proxies_in(one, seen | {id(value)})
 
 
 def holds_proxy(value: Any) -> bool:

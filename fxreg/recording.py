@@ -14,7 +14,7 @@ import contextvars
 import functools
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from . import calls
+from .errors import CaptureError
 from .executing import inside_handler, watched
 from .interception import intercepted
 from .layers import described, is_layer, is_plain_layer, tensor_paths, whole_reason
@@ -32,7 +33,7 @@ from .shapes import LAYER, SHAPE
 from .side_channels import Ledger
 from .sizes import concrete
 from .snapshots import Snapshot, rng_state
-from .structure import differs, fields_of, held, holds_mutable, is_record, likeness
+from .structure import differs, fields_of, held, holds_mutable, is_record, likeness, tensors
 from .writing import Mark, Origin, Unrecordable, Writer
 
 _CALL = nn.Module.__call__
@@ -84,9 +85,16 @@ class Recorder:
     """
 
     def __init__(
-        self, root: nn.Module, root_alias: str, forced: Mapping[str, str], also: tuple[Any, ...], watches: bool
+        self,
+        root: nn.Module,
+        root_alias: str,
+        forced: Mapping[str, str],
+        also: tuple[Any, ...],
+        marked: Collection[str],
+        watches: bool,
     ) -> None:
         self.root = root
+        self._marked = marked
         self.ambient: tuple[object, ...] = ()
         self.opaque: dict[str, str] = {}
         self.ledger = Ledger()
@@ -223,8 +231,10 @@ class Recorder:
             frame = self._enter("", self.root, (), {})
             self.ledger.traced("", self.root)
             try:
+                self._mark(tuple(arguments.values()), "", "input")
                 with watched(self):
                     result = call(arguments)
+                self._mark(result, "", "output")
                 self._check_state()
                 if differs(before, arguments):
                     self.give_up("changes a container that it was given")
@@ -259,6 +269,12 @@ class Recorder:
             self._check_state()
         if not self.writer.writes:
             return _CALL(module, *concrete(args), **concrete(kwargs))
+        self._mark((args, kwargs), path, "input")
+        result = self._called(path, module, run, args, kwargs)
+        self._mark(result, path, "output")
+        return result
+
+    def _called(self, path: str, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         reason = None if is_layer(module) else self._forced.get(path) or whole_reason(module, runs=True)
         if reason is None and not is_layer(module):
             hooked = module._forward_hooks or module._forward_pre_hooks
@@ -272,6 +288,17 @@ class Recorder:
         finally:
             self._leave()
         return self._whole(frame, result)
+
+    def _mark(self, values: Any, path: str, on: str) -> None:
+        """Say in the graph that activations of a module pass here, if anyone wants to know."""
+        if path not in self._marked or not self.writer.writes:
+            return
+        try:
+            with torch._C.DisableTorchFunction():
+                found = [one for one in tensors(values) if not self.writer.is_kept_tensor(one)]
+                self.writer.call(calls.passes, tuple(map(self.writer.argument, found)), path, on)
+        except (Unrecordable, CaptureError) as failure:
+            self.give_up(str(failure))
 
     def _refusal(self, path: str | None, module: nn.Module) -> str | None:
         """Why a forward must not call a module, as far as a graph goes."""

@@ -28,6 +28,8 @@ class Report:
         islands: the graphs of modules inside these, by path: captured by themselves, verified, and with no rules in
             them. They do not run: what is called as a whole runs as it is.
         verified: whether the result was compared with the model.
+        calls: for the label of every rule on activations, the nodes of its penalties in the graph; what is called as a
+            whole and may have several inside is one.
         unbound: the labels of rules whose companion call (`fxreg.param_groups`) has not come yet.
     """
 
@@ -37,10 +39,12 @@ class Report:
     islands: dict[str, fx.GraphModule]
     verified: bool
     unbound: tuple[str, ...]
+    calls: dict[str, tuple[str, ...]]
 
     def __str__(self) -> str:
         lines = [str(self.plan), "", f"emit: {self.emit}"]
         lines += [f"unbound: {label}: call fxreg.param_groups and build the optimizer on it" for label in self.unbound]
+        lines += [f"activations: {label}: {', '.join(nodes) or 'no call'}" for label, nodes in self.calls.items()]
         lines += [f"opaque: {path or 'the model itself'}: {reason}" for path, reason in self.opaque.items()]
         lines += [f"island: {path}: a graph of {len(gm.graph.nodes)} nodes" for path, gm in self.islands.items()]
         lines.append("verified against the model" if self.verified else "not verified: no example_inputs were given")
@@ -89,6 +93,7 @@ def explain(model: nn.Module | ExportedProgram, rules: Rule | Iterable[Rule] | N
         islands=dict(state.islands),
         verified=provenance.verified,
         unbound=state.unbound(),
+        calls={label: tuple(nodes) for label, nodes in provenance.calls.items()},
     )
 
 

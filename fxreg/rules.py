@@ -4,7 +4,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
@@ -12,10 +12,13 @@ from .effects import Definition, Effect, Via
 from .errors import RuleError
 
 if TYPE_CHECKING:
-    from .matching import Site
+    from .sites import AnySite
 
 Pattern: TypeAlias = str | re.Pattern[str]
 Layer: TypeAlias = type[nn.Module] | str
+Op: TypeAlias = Callable[..., Any] | str
+On: TypeAlias = Literal["param", "output", "input"]
+Reduction: TypeAlias = Literal["sum", "mean", "batch"]
 
 _REGEX = "re:"
 _WILDCARDS = frozenset("*?[")
@@ -26,12 +29,12 @@ class _Keys:
     """The fields of a rule that select sites; all given ones must hold."""
 
     layer: Layer | tuple[Layer, ...] | None = None
-    op: Callable[..., Any] | str | None = None
+    op: Op | None = None
     name: Pattern | None = None
     param: Pattern = "*"
     exclude: Pattern | tuple[Pattern, ...] = ()
-    where: "Callable[[Site], object] | None" = None
-    on: Literal["param", "output", "input"] = "param"
+    where: "Callable[[AnySite], object] | None" = None
+    on: On = "param"
     optional: bool = False
 
 
@@ -40,6 +43,7 @@ class _Acts:
     """The fields of a rule that say what happens at its sites."""
 
     via: Via | None = None
+    reduction: Reduction = "sum"
     label: str | None = None
 
 
@@ -49,15 +53,21 @@ class Rule(_Acts, _Keys):
 
     Args:
         effect: what to do: `fxreg.l1(1e-4)`, `fxreg.clip_norm(1.0)`, ….
-        layer: a module class, a class name (`"Linear"`, `"nn.Linear"`), or a tuple of them: the module that directly
-            owns the parameter is an instance, subclasses included.
-        op: reserved for rules on activations.
-        name: the owner's dotted path: a glob in which `*` crosses dots, a compiled pattern (full match), or `"re:…"`.
+        layer: a module class, a class name (`"Linear"`, `"nn.Linear"`), or a tuple of them: the module is an instance,
+            subclasses included. It is the one that directly owns the parameter; for activations, the one that is
+            called, or with `op` the one in whose forward the call stands.
+        op: for activations of calls that are not modules: a function or method (`torch.relu`, `torch.Tensor.relu`), or
+            the name that functions and methods share (`"relu"`).
+        name: that module's dotted path: a glob in which `*` crosses dots, a compiled pattern (full match), or `"re:…"`.
         param: the parameter's key inside its owner, likewise. The default selects every parameter, biases included.
-        exclude: patterns on the parameter's full dotted name; what any of them matches is left out.
-        where: a last predicate on the `Site`.
-        on: `"param"`; rules on `"output"` and `"input"` are not there yet.
+        exclude: patterns on the parameter's full dotted name, or for activations on the module's path; what any of
+            them matches is left out.
+        where: a last predicate on the site.
+        on: `"param"`, or what a penalty is put on instead: every floating-point tensor in the `"output"`, or among
+            the arguments (`"input"`), of every call.
         via: the lowering; by default the effect's first one.
+        reduction: for activations: `"sum"` is s·R(a) for each call, `"batch"` divides it by the size of a's first
+            dimension (as Keras does), and `"mean"` by the number of a's elements.
         label: the rule's name in reports, strengths and graph nodes; by default the effect's name, made unique.
         optional: whether matching nothing is fine.
 
@@ -67,6 +77,8 @@ class Rule(_Acts, _Keys):
     >>> import fxreg
     >>> fxreg.Rule(fxreg.l1(1e-4), layer="Conv2d", param="weight", label="sparse")
     Rule(l1(0.0001), layer='Conv2d', param='weight', label='sparse')
+    >>> fxreg.Rule(fxreg.l1(1e-4), op="relu", name="encoder.*", on="output", reduction="batch")
+    Rule(l1(0.0001), op='relu', name='encoder.*', on='output', reduction='batch')
     """
 
     effect: Effect
@@ -76,13 +88,14 @@ class Rule(_Acts, _Keys):
         effect: Effect,
         *,
         layer: Layer | Iterable[Layer] | None = None,
-        op: Callable[..., Any] | str | None = None,
+        op: Op | None = None,
         name: Pattern | None = None,
         param: Pattern = "*",
         exclude: Pattern | Iterable[Pattern] = (),
-        where: "Callable[[Site], object] | None" = None,
-        on: Literal["param", "output", "input"] = "param",
+        where: "Callable[[AnySite], object] | None" = None,
+        on: On = "param",
         via: Via | None = None,
+        reduction: Reduction = "sum",
         label: str | None = None,
         optional: bool = False,
     ) -> None:
@@ -98,13 +111,15 @@ class Rule(_Acts, _Keys):
             raise RuleError(f"{who}: optional must be True or False, got {optional!r}.")
         if where is not None and not callable(where):
             raise RuleError(f"{who}: where must be a function of a Site, got {where!r}.")
-        if not isinstance(on, str) or on not in ("param", "output", "input"):
-            raise RuleError(f"{who}: on must be 'param', 'output' or 'input', got {on!r}.")
-        if on != "param" or op is not None:
-            raise RuleError(f"{who}: rules on activations (op=, on='output', on='input') are not there yet.")
+        _check_place(on, op, param, reduction, who)
         if via is not None and not (isinstance(via, str) and via in effect.definition.vias):
             has = ", ".join(map(repr, effect.definition.vias))
             raise RuleError(f"{who}: {effect.name} has no via={via!r}; it has {has}.")
+        if on != "param" and (via or effect.definition.default_via) != "penalty":
+            raise RuleError(
+                f"{who}: on={on!r} is for penalties in the graph (via='penalty'), and this is {effect!r} "
+                f"via={via or effect.definition.default_via!r}. Mend the effect or via=, or leave out on=."
+            )
         fields: dict[str, Any] = {
             "effect": effect,
             "layer": _checked_layers(layer, who),
@@ -116,6 +131,7 @@ class Rule(_Acts, _Keys):
             "on": on,
             "optional": optional,
             "via": via,
+            "reduction": reduction,
             "label": label,
         }
         for field, value in fields.items():
@@ -200,12 +216,44 @@ def _several(value: object, field: str, who: str) -> Sequence[Any]:
         raise RuleError(f"{who}: {field} must be one or several, got {value!r}.") from None
 
 
+def op_name(op: Op) -> str:
+    """What an `op` is called."""
+    return op if isinstance(op, str) else str(getattr(op, "__name__", op))
+
+
+def _check_place(on: object, op: object, param: object, reduction: object, who: str) -> None:
+    """Raise unless what a rule acts on fits together."""
+    if not isinstance(on, str) or on not in get_args(On):
+        raise RuleError(f"{who}: on must be {_choice(On)}, got {on!r}.")
+    if not isinstance(reduction, str) or reduction not in get_args(Reduction):
+        raise RuleError(f"{who}: reduction must be {_choice(Reduction)}, got {reduction!r}.")
+    if op is not None and not callable(op) and not (isinstance(op, str) and _is_dotted(op)):
+        raise RuleError(f"{who}: op must be a function or method, or its name such as 'relu', got {op!r}.")
+    if isinstance(op, type):
+        raise RuleError(f"{who}: op={op.__name__} is a class; modules are selected with layer=.")
+    if on == "param" and op is not None:
+        raise RuleError(f"{who}: op={_shown(op)} selects activations. Say which with on='output' or on='input'.")
+    if on == "param" and reduction != "sum":
+        raise RuleError(f"{who}: reduction={reduction!r} is for activations. Leave it out, or mend on=.")
+    if on != "param" and param != "*":
+        raise RuleError(f"{who}: param={param!r} selects parameters, but on={on!r}. Leave one of them out.")
+
+
+def _choice(literal: Any) -> str:
+    *others, last = map(repr, get_args(literal))
+    return f"{', '.join(others)} or {last}"
+
+
+def _is_dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
 def _checked_layers(layer: object, who: str) -> tuple[Layer, ...] | None:
     if layer is None:
         return None
     layers = _several(layer, "layer", who)
     for one in layers:
-        named = isinstance(one, str) and all(part.isidentifier() for part in one.split("."))
+        named = isinstance(one, str) and _is_dotted(one)
         if not named and not (isinstance(one, type) and issubclass(one, nn.Module)):
             raise RuleError(f"{who}: layer must be nn.Module classes or class names, got {one!r}.")
     if not layers:

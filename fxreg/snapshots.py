@@ -273,9 +273,11 @@ def set_rng_state(state: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def borrowed(model: nn.Module, also: Iterable[nn.Module] = (), training: bool = True) -> Iterator[Callable[[], None]]:
-    """Run things on the model in a mode; yields a function that sets its state and all RNG back to the start, and
-    does so at the end, mode included."""
+def borrowed(
+    model: nn.Module, also: Iterable[nn.Module] = (), training: bool | None = True
+) -> Iterator[Callable[[], None]]:
+    """Run things on the model in a mode, or in its own (None); yields a function that sets its state and all RNG back
+    to the start, and does so at the end, mode included."""
     modes = [(module, module.training) for module in model.modules()]
     wanting = [(tensor, tensor.requires_grad) for tensor in (*model.parameters(), *model.buffers())]
     snapshot = Snapshot([*model.modules(), *also], with_values=True, also=global_objects(model))
@@ -289,8 +291,8 @@ def borrowed(model: nn.Module, also: Iterable[nn.Module] = (), training: bool = 
         torch.set_rng_state(generators[0])
         if devices:
             torch.cuda.set_rng_state_all(generators[1])
-        for module in model.modules():
-            module.training = training
+        for module, mode in modes:
+            module.training = mode if training is None else training
         for tensor, wants in wanting:
             if tensor.requires_grad != wants:
                 tensor.requires_grad_(wants)

@@ -1,6 +1,7 @@
 """Torch functions, methods and properties, as a recorder meets them: what each is to a graph."""
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -148,7 +149,12 @@ def written(node: fx.Node) -> set[fx.Node]:
     """The nodes whose values a node that writes into its arguments may change: these, and what they may be views of."""
     first, out = node.args[:1], node.kwargs.get("out")
     known = node.op != "call_module" and bool(torch_name(node))
-    found, waiting = set[fx.Node](), nodes_in((first, out)) if known else [*node.all_input_nodes]
+    return sharing_memory(nodes_in((first, out)) if known else node.all_input_nodes)
+
+
+def sharing_memory(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes, and those that their values may be views of."""
+    found, waiting = set[fx.Node](), [*nodes]
     while waiting:
         one = waiting.pop()
         if one not in found:
@@ -156,6 +162,19 @@ def written(node: fx.Node) -> set[fx.Node]:
             if torch_name(one) not in _FRESH and one.meta.get(LAYER) not in _FRESH_LAYERS:
                 waiting += one.all_input_nodes
     return found
+
+
+def is_call_of(op: Any, kind: str, target: Any) -> bool:
+    """Whether a node of that kind and target calls a function or method, or one of that name."""
+    if kind not in ("call_function", "call_method"):
+        return False
+    name = target if kind == "call_method" else str(getattr(target, "__name__", ""))
+    if isinstance(op, str):
+        module = "torch.Tensor" if kind == "call_method" else str(getattr(target, "__module__", None) or "torch")
+        return name == op or ("." in op and f".{module}.{name}".endswith(f".{op}"))
+    if kind == "call_function":
+        return target is op
+    return getattr(Tensor, name, None) is op
 
 
 def cone(node: fx.Node) -> set[fx.Node]:

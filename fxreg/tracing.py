@@ -12,7 +12,7 @@ import math
 import operator
 import threading
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -20,11 +20,11 @@ from torch import Tensor, fx, nn
 from torch.fx import immutable_collections
 from torch.overrides import TorchFunctionMode
 
-from .calls import expect_tensor
+from .calls import expect_tensor, passes
 from .executing import entering, unwatched
 from .interception import intercepted
 from .layers import ambient_state, described, is_layer, tensor_paths, whole_reason
-from .proxies import TracedValue, Untraceable, holds_proxy
+from .proxies import TracedValue, Untraceable, holds_proxy, proxies_in
 from .scanning import asks_for_none, code_asks_for_none, code_reason
 from .side_channels import Ledger, shorten
 from .snapshots import Snapshot, rng_state, set_rng_state
@@ -63,9 +63,12 @@ class SoundTracer(fx.Tracer):
     `side_effect` that there is something to find.
     """
 
-    def __init__(self, root: nn.Module, root_alias: str, forced: Mapping[str, str], watches: bool) -> None:
+    def __init__(
+        self, root: nn.Module, root_alias: str, forced: Mapping[str, str], marked: Collection[str], watches: bool
+    ) -> None:
         super().__init__(autowrap_modules=(math,))
         self.root = root
+        self.marked = marked
         self.graph = fx.Graph()
         self.opaque: dict[str, str] = {}
         self._root_alias = root_alias
@@ -216,6 +219,21 @@ class SoundTracer(fx.Tracer):
         reach = Snapshot([module], other_modules=True) if self._watches else None
         if self._watches and (changed := self._side_effect(reach)):
             self.give_up(changed)
+        if path in self.marked:
+            self.mark((args, kwargs), path, "input")
+            result = self._called_at(path, module, reach, run, args, kwargs)
+            self.mark(result, path, "output")
+            return result
+        return self._called_at(path, module, reach, run, args, kwargs)
+
+    def mark(self, values: Any, path: str, on: str) -> None:
+        """Say in the graph that activations of a module pass here."""
+        found = {proxy.node: proxy for proxy in proxies_in(values)}
+        self.call(passes, tuple(proxy for node, proxy in found.items() if node.op != "get_attr"), path, on)
+
+    def _called_at(
+        self, path: str, module: nn.Module, reach: Snapshot | None, run: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         if type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
             self.give_up(f"calls {path!r}, whose class overrides __call__")
         if is_layer(module):

@@ -77,7 +77,13 @@ def transform(
     refuse_transformed(root)
     with _without_collection():
         planned = plan(match(root, checked_rules(rules)))
-        captured = captured or capture(root, example_inputs)
+        if captured is not None and planned.activations:
+            raise CaptureError(
+                f"rule {planned.activations[0].label!r} is on activations, and an exported program no longer tells "
+                "which of its values were a layer's. Transform the model that was exported."
+            )
+        marked = frozenset(site for edit in planned.activations for site in edit.sites if edit.op is None)
+        captured = captured or capture(root, example_inputs, marked)
         gm = lower(root, captured, planned, emit)
     if example_inputs is not None:
         gm = verified(gm, model, example_inputs)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .capture import Examples, split_examples
-from .controls import live_strengths
+from .controls import activation_value, live_strengths
 from .effects import Effect, Gradient, Penalty
 from .errors import VerifyError
 from .exported import ExportedModule
 from .module import RegularizedModule, State, emitted, state_of
+from .observing import observing
 from .planning import PullBack
 from .snapshots import borrowed, iterator_kept
 from .structure import fresh, likeness, map_tensors, tensors
@@ -109,6 +110,8 @@ class _Run:
     Attributes:
         output: detached.
         penalty: the second half of what emit='output' returns.
+        activations: of the model itself, the rules' penalties on its activations.
+        added: the gradients of these.
         buffers: after the forward pass.
         gradients: of every trainable parameter, and of every input that asks for one.
     """
@@ -117,6 +120,8 @@ class _Run:
     penalty: Tensor | None
     buffers: Mapping[str, Tensor]
     gradients: dict[str, Tensor | None]
+    activations: Tensor | None
+    added: dict[str, Tensor | None]
 
 
 def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -127,12 +132,16 @@ def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: Any) -> _Run:
     """One pass of the model or of the emitted module."""
     args, kwargs = map_tensors(fresh, (args, kwargs))
-    output = module(*args, **kwargs)
+    is_emitted = isinstance(getattr(module, "_orig_mod", module), RegularizedModule)
+    passing: list[Tensor] = []
+    edits = () if is_emitted else state.provenance.plan.activations
+    with observing(module, edits, lambda edit, one: passing.append(activation_value(state, edit, one))):
+        output = module(*args, **kwargs)
     buffers = {name: buffer.detach().clone() for name, buffer in state.model.named_buffers()}
     parameters: dict[str, Tensor] = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
     parameters |= {f"input {k}": t for k, t in enumerate(tensors((args, kwargs))) if t.requires_grad and t.is_leaf}
     penalty = None
-    if isinstance(getattr(module, "_orig_mod", module), RegularizedModule) and state.provenance.emit == "output":
+    if is_emitted and state.provenance.emit == "output":
         if not isinstance(output, tuple) or len(output) != 2 or not isinstance(output[1], Tensor):
             raise VerifyError(f"emit='output' must return (output, penalty), got {type(output).__name__}.")
         output, penalty = output
@@ -147,7 +156,12 @@ def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: 
     if terms and parameters:
         objective = torch.stack([term.to(terms[0]) for term in terms]).sum()
         gradients = _gradients(objective, parameters, compiled=hasattr(module, "_orig_mod"))
-    return _Run(map_tensors(Tensor.detach, output), penalty, buffers, gradients)
+    activations = torch.stack([term.to(passing[0]) for term in passing]).sum() if passing else None
+    added: dict[str, Tensor | None] = {}
+    if activations is not None and activations.requires_grad:
+        added = _gradients(activations, parameters, compiled=False)
+        activations = activations.detach()
+    return _Run(map_tensors(Tensor.detach, output), penalty, buffers, gradients, activations, added)
 
 
 def _expect_failure(
@@ -163,7 +177,7 @@ def _expect_failure(
 
 
 def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) -> None:
-    emit, reference = state.provenance.emit, _objective(state)
+    emit, reference = state.provenance.emit, _objective(state, theirs.activations)
     if type(theirs.output) is not type(ours.output) and not isinstance(theirs.output, Tensor):
         raise VerifyError(
             f"{where}: the model returns a {type(theirs.output).__name__}, the emitted module a "
@@ -191,7 +205,7 @@ def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) 
         _compare_tensors(wanted, ours.penalty, f"{where}: the penalty", exact=False)
     for name, buffer in theirs.buffers.items():
         _compare_tensors(buffer, ours.buffers[name], f"{where}: buffer {name!r} after the call", exact=True)
-    for name, gradient in _with_rules(state, theirs.gradients, weight).items():
+    for name, gradient in _with_rules(state, theirs, weight).items():
         _compare_gradient(gradient, ours.gradients[name], f"{where}: gradient of {name!r}")
 
 
@@ -224,20 +238,27 @@ def _gradients(loss: Tensor, parameters: Mapping[str, Tensor], compiled: bool) -
             parameter.grad = held[name]
 
 
-def _with_rules(state: State, gradients: Mapping[str, Tensor | None], weight: float | None) -> dict[str, Tensor | None]:
-    """The loss's gradients after the rules: transforms, then `weight` times every penalty node's gradient."""
+def _with_rules(state: State, run: _Run, weight: float | None) -> dict[str, Tensor | None]:
+    """The loss's gradients after the rules: those of penalties on activations, which pass the same way, transforms,
+    and then those of the other penalties; `weight` times where a node adds them."""
     plan = state.provenance.plan
     parameters = dict(state.model.named_parameters())
-    result = dict(gradients)
+    result = dict(run.gradients)
+    for name, more in run.added.items():
+        if more is not None and weight is not None:
+            result[name] = _sum(result[name], more * weight)
     for site, pulls in plan.pulls().items():
         for pull in pulls if site in result else ():
             result[site] = _pulled(state, pull, result[site], parameters[site])
     for edit in plan.penalties:
         if edit.site in result and weight is not None:
             added = _penalty_gradient(state, edit.label, edit.effect, parameters[edit.site]) * weight
-            before = result[edit.site]
-            result[edit.site] = added if before is None else before + added
+            result[edit.site] = _sum(result[edit.site], added)
     return result
+
+
+def _sum(before: Tensor | None, added: Tensor) -> Tensor:
+    return added if before is None else before + added
 
 
 def _pulled(state: State, pull: PullBack, grad: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -269,11 +290,12 @@ def _value(state: State, label: str, effect: Effect, weight: Tensor) -> Tensor:
     return effect.definition.formula.value(weight, live_strengths(state, label, effect), effect.arguments)
 
 
-def _objective(state: State) -> Tensor | None:
-    """Σ s·R over every penalty node's parameter, by the formulas."""
+def _objective(state: State, activations: Tensor | None) -> Tensor | None:
+    """Σ s·R over every penalty node's parameter, by the formulas, and over activations."""
     parameters = dict(state.model.named_parameters())
     terms = [_value(state, e.label, e.effect, parameters[e.site].detach()) for e in state.provenance.plan.penalties]
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
+    terms += [] if activations is None else [activations]
+    return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
 
 
 def _loss_of(output: Any) -> Any:

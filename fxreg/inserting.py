@@ -1,0 +1,134 @@
+"""Writing into a graph: nodes with their rule's label, and the buffers that they read."""
+
+import itertools
+import keyword
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import calls
+from .captured import Captured
+from .effects import Effect, Penalty, strength_name
+from .module import CHILD, Provenance, State, scalar_dtype
+from .planning import Emit, LeaveToCompanion, Penalize, PenalizeActivation, Plan
+
+
+class Insertion:
+    """A copy of a captured graph that is being written into, and what was inserted so far.
+
+    Its state is a new one, or that of the first of several graphs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: Captured,
+        plan: Plan,
+        emit: Emit,
+        first: "Insertion | None" = None,
+        which: int = 0,
+    ) -> None:
+        self.model, self.plan, self.emit = model, plan, emit
+        self.device = _device_of(model)
+        self.is_alternative, self.opaque = first is not None, captured.opaque
+        self.graph = fx.Graph()
+        result = self.graph.graph_copy(captured.graph, {})
+        self.output = self.graph.output(result)
+        self.reads: dict[str, fx.Node] = {}
+        self.nodes: dict[str, str] = {}
+        self.calls: dict[str, list[str]] = {}
+        self.strengths: dict[str, str] = first.strengths if first else {}
+        self.streams: dict[tuple[str, str], str] = first.streams if first else {}
+        self.arguments: dict[tuple[str, str], str] = first.arguments if first else {}
+        provenance = Provenance(plan, emit, False, self.nodes, self.strengths, self.streams, self.calls)
+        self.state: State = first.state if first else State(model, captured, provenance, self.device)
+        if captured.assumed is not None:
+            self._check_assumed(which)
+        for edit in plan.edits:
+            if not isinstance(edit, LeaveToCompanion):
+                self.register(edit.label, edit.effect)
+
+    def _check_assumed(self, which: int) -> None:
+        """Ask in the graph itself, too, for whoever runs it without the module's forward."""
+        places = [node for node in self.graph.nodes if node.op == "placeholder"]
+        checked = {node.args[0] for node in self.graph.nodes if node.target is calls.expect_default}
+        with self.graph.inserting_before(self.first()):
+            arguments = [node for node in places if node not in checked]
+            args = (self.graph.get_attr(CHILD), arguments, *([which] if which else []))
+            self.insert("", "call_function", calls.expect_assumed, args)
+
+    # State.
+
+    def register(self, label: str, effect: Effect) -> None:
+        """Give an effect's strengths and tensor arguments their buffers."""
+        device = self.device
+        for name, value in effect.strengths.items():
+            public = strength_name(label, effect, name)
+            dtype = scalar_dtype(device)
+            if public not in self.strengths:
+                self.strengths[public] = self.buffer(public, torch.tensor([value], dtype=dtype, device=device))
+        for name, value in effect.arguments.items():
+            if isinstance(value, Tensor) and (label, name) not in self.arguments:
+                self.arguments[label, name] = self.buffer(f"{label}.{name}", value.to(device))
+
+    def buffer(self, name: str, value: Tensor) -> str:
+        """Register a buffer under the name, or the nearest one that is free and an identifier."""
+        plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+        plain = plain if plain.isidentifier() and not keyword.iskeyword(plain) else f"rule_{plain}"
+        free = (plain if count == 1 else f"{plain}_{count}" for count in itertools.count(1))
+        buffer = next(candidate for candidate in free if not hasattr(self.state, candidate))
+        self.state.register_buffer(buffer, value, persistent=False)
+        return buffer
+
+    # Nodes.
+
+    def insert(
+        self, label: str, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None, name: str = ""
+    ) -> fx.Node:
+        node = self.graph.create_node(
+            op, target, args, kwargs or {}, name=re.sub(r"\W", "_", name, flags=re.ASCII) or None
+        )
+        node.meta["fxreg"] = label
+        if getattr(target, "__module__", None) == calls.__name__:
+            node.meta["is_wrapped"] = True
+        self.nodes[node.name] = label
+        return node
+
+    def first(self) -> fx.Node:
+        """The first node behind the arguments."""
+        found: fx.Node = next(node for node in self.graph.nodes if node.op != "placeholder")
+        return found
+
+    def read(self, label: str, buffer: str) -> fx.Node:
+        """One read of a buffer of fxreg's, right behind the arguments, for all its uses."""
+        if buffer not in self.reads:
+            with self.graph.inserting_before(self.first()):
+                self.reads[buffer] = self.insert(label, "get_attr", f"{CHILD}.{buffer}", name=buffer)
+        return self.reads[buffer]
+
+    def tensors(self, label: str, effect: Effect) -> list[fx.Node]:
+        """Reads of an effect's strengths, in the order of its operator."""
+        return [self.read(label, self.strengths[strength_name(label, effect, n)]) for n in effect.strengths]
+
+    def named(self, label: str, effect: Effect) -> dict[str, Any]:
+        return {
+            name: self.read(label, self.arguments[label, name]) if isinstance(value, Tensor) else value
+            for name, value in effect.arguments.items()
+        }
+
+    def formula(self, edit: Penalize | PenalizeActivation) -> tuple[Any, list[fx.Node], dict[str, Any]]:
+        """A penalty's operator, strengths and named arguments."""
+        definition = edit.effect.definition
+        assert isinstance(definition, Penalty)
+        kwargs = self.named(edit.label, edit.effect)
+        if self.emit == "backward":
+            kwargs["value"] = False
+        return definition.operator, self.tensors(edit.label, edit.effect), kwargs
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where the model is; small tensors on the CPU go with any device, also with meta."""
+    devices = {p.device for p in model.parameters() if p.device.type != "meta"}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")

@@ -1,0 +1,95 @@
+"""Seeing activations pass while a model runs as it is: no graph, and none of the emitted operators."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .interception import lock
+from .layers import is_layer
+from .planning import PenalizeActivation
+from .structure import tensors
+from .torch_calls import as_node, is_call_of, name_of
+
+Note = Callable[[PenalizeActivation, Tensor], None]
+
+
+@contextmanager
+def observing(model: nn.Module, edits: Sequence[PenalizeActivation], note: Note) -> Iterator[None]:
+    """Call `note` with a copy of every activation that the edits are on, when it passes, in this thread.
+
+    The patch sits on the class, and passes other threads through.
+    """
+    if not edits:
+        yield
+        return
+    sites = {id(model.get_submodule(path)): path for edit in edits for path in edit.sites}
+    on_modules: Mapping[str, list[PenalizeActivation]] = {
+        path: [edit for edit in edits if edit.op is None and path in edit.sites] for path in sites.values()
+    }
+    stack: list[nn.Module] = []
+    with lock:
+        original, thread = nn.Module.__call__, threading.get_ident()
+
+        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(module, *args, **kwargs)
+            here = on_modules[sites[id(module)]] if id(module) in sites else []
+            _tell([edit for edit in here if edit.on == "input"], (args, kwargs), model, note)
+            stack.append(module)
+            try:
+                result = original(module, *args, **kwargs)
+            finally:
+                stack.pop()
+            _tell([edit for edit in here if edit.on == "output"], result, model, note)
+            return result
+
+        on_calls = [edit for edit in edits if edit.op is not None]
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            with _Calls(model, on_calls, sites, stack, note) if on_calls else nullcontext():
+                yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+class _Calls(TorchFunctionMode):
+    """Tells of the calls of functions and methods in the forwards of modules."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        edits: Sequence[PenalizeActivation],
+        sites: Mapping[int, str],
+        stack: list[nn.Module],
+        note: Note,
+    ) -> None:
+        super().__init__()
+        self._model, self._edits, self._sites, self._stack, self._note = model, edits, sites, stack, note
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._stack or is_layer(self._stack[-1]):
+            return function(*args, **kwargs)
+        path = self._sites.get(id(self._stack[-1]), ...)
+        kind, target, given, named = as_node(function, name_of(function), args, kwargs)
+        here = [edit for edit in self._edits if path in edit.sites and is_call_of(edit.op, kind, target)]
+        _tell([edit for edit in here if edit.on == "input"], (given, named), self._model, self._note)
+        result = function(*args, **kwargs)
+        _tell([edit for edit in here if edit.on == "output"], result, self._model, self._note)
+        return result
+
+
+def _tell(edits: Sequence[PenalizeActivation], values: Any, model: nn.Module, note: Note) -> None:
+    if not edits:
+        return
+    with torch._C.DisableTorchFunction():  # what is done here is none of the model's
+        kept = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        found = {id(one): one for one in tensors(values) if one.is_floating_point() and id(one) not in kept}
+        for edit, tensor in itertools.product(edits, found.values()):
+            note(edit, tensor.clone())

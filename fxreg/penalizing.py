@@ -1,0 +1,111 @@
+"""Writing penalties on activations into a graph: behind the calls that it shows, and into those that it does not."""
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from . import calls, operators
+from .errors import MatchError
+from .inserting import Insertion
+from .locating import Spot, is_written_later, regions, spots
+from .planning import PenalizeActivation, Plan
+from .rules import op_name
+
+
+def penalize_activations(into: Insertion) -> list[fx.Node]:
+    """Put a penalty where activations pass, and take the marks away; returns the penalties."""
+    terms, inside = list[fx.Node](), dict[fx.Node, list[tuple[PenalizeActivation, str]]]()
+    for edit in into.plan.activations:
+        found = into.calls.setdefault(edit.label, [])
+        for spot in [*spots(into.model, into.graph, edit)]:
+            with into.graph.inserting_before(spot.before):
+                terms.append(_at(into, edit, spot))
+            found.append(terms[-1].name)
+        for node, path in regions(into.model, into.graph, edit):
+            inside.setdefault(node, []).append((edit, path))
+    for node, watched in inside.items():
+        terms += _inside(into, node, watched)
+    for node in into.graph.nodes:
+        if node.target is calls.passes:
+            into.graph.erase_node(node)
+    return terms
+
+
+def unseen(into: Insertion) -> str | None:
+    """Why it cannot be told where a rule on calls of a function acts, if it cannot."""
+    for edit in into.plan.activations:
+        if edit.op is None:
+            continue
+        for node, inner in regions(into.model, into.graph, edit):
+            path = "" if node.op != "call_module" else str(node.target)
+            where = ".".join(filter(None, (path, inner)))
+            return (
+                f"rule {edit.label!r} looks for calls of {op_name(edit.op)} in the forward of {where or 'the model'!r}"
+                f", which the graph does not show: {path or 'the model itself'} is called as a whole "
+                f"({into.opaque.get(path, 'a layer of its own')}). Narrow the rule with name=, layer= or "
+                f"exclude={where!r}, or pass example_inputs= so that more can be seen."
+            )
+    return None
+
+
+def check_called(plan: Plan, found: list[dict[str, list[str]]]) -> None:
+    """Raise a MatchError for a rule on activations that no graph has a penalty of."""
+    for edit in plan.activations:
+        if not edit.optional and not any(one.get(edit.label) for one in found):
+            what = "the modules it matches" if edit.op is None else op_name(edit.op)
+            raise MatchError(
+                f"rule {edit.label!r} ({edit.site}): the forward makes no call of {what}. Mend op=, name= or layer=, "
+                "or pass optional=True."
+            )
+
+
+def _at(into: Insertion, edit: PenalizeActivation, spot: Spot) -> fx.Node:
+    """A penalty on what passes at a spot."""
+    values = [
+        into.insert(edit.label, "call_method", "clone", (value,))
+        if is_written_later(into.model, spot, value)
+        else value
+        for value in spot.values
+    ]
+    if not spot.is_tensor:
+        return into.insert(
+            edit.label, "call_function", calls.penalize, (values, *_described(into, edit)), name=edit.label
+        )
+    target, strengths, kwargs = into.formula(edit)
+    name = f"{spot.values[0].name}_{edit.label}"
+    term = into.insert(edit.label, "call_function", target, (values[0], *strengths), kwargs, name)
+    if edit.reduction == "sum":
+        return term
+    args = (term, values[0], edit.reduction)
+    return into.insert(edit.label, "call_function", calls.reduced, args, name=f"{name}_{edit.reduction}")
+
+
+def _described(into: Insertion, edit: PenalizeActivation) -> tuple[Any, ...]:
+    """What `calls.penalize` is told of a penalty."""
+    target, strengths, kwargs = into.formula(edit)
+    name = target.name().removeprefix(f"{operators.NAMESPACE}::")
+    return name, strengths, kwargs, edit.reduction, f"rule {edit.label!r}, {edit.site}"
+
+
+def _inside(into: Insertion, node: fx.Node, watched: list[tuple[PenalizeActivation, str]]) -> list[fx.Node]:
+    """Penalties on what passes inside a module that is called as a whole."""
+    with into.graph.inserting_before(node):
+        told = [(path, edit.on, *_described(into, edit)) for edit, path in watched]
+        target: Any = calls.call_model_penalized
+        args: tuple[Any, ...] = (node.args[0], told, *node.args[1:])
+        if node.op == "call_module":
+            target = calls.call_penalized
+            args = (into.graph.get_attr(str(node.target)), told, {}, node.args, dict(node.kwargs))
+        called = into.insert("", "call_function", target, args, name=f"{node.name}_penalized")
+        result = into.insert("", "call_function", operator.getitem, (called, 0), name=node.name)
+        found = into.insert("", "call_function", operator.getitem, (called, 1))
+        terms = [
+            into.insert(edit.label, "call_function", operator.getitem, (found, i), name=edit.label)
+            for i, (edit, _) in enumerate(watched)
+        ]
+    node.replace_all_uses_with(result)
+    into.graph.erase_node(node)
+    for (edit, _), term in zip(watched, terms, strict=True):
+        into.calls[edit.label].append(term.name)
+    return terms
