@@ -32,6 +32,7 @@ from .gradients import (
 from .groups import group_lasso, max_norm, sparse_group_lasso
 from .kernels import total_variation
 from .matrices import nuclear_norm, orthogonal, soft_orthogonal
+from .network import to_networkx
 from .nonconvex import entropy, hoyer, log_sum, lp, mcp, scad, smooth_l1
 from .optimizing import param_groups
 from .regularizers import elastic_net, l1, l2, weight_decay
@@ -91,6 +92,7 @@ __all__ = [
     "strengths",
     "strip",
     "tangent",
+    "to_networkx",
     "total_variation",
     "transform",
     "trust_ratio",

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.fx.node import _get_qualified_name, map_aggregate  # private: the names fx itself writes into code
 
 from .errors import FxregError
+from .kinds import kind_name
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,20 @@ def written(graph: fx.Graph) -> list[tuple[Any, ...]]:
             _get_qualified_name(node.target) if callable(node.target) else node.target,
             refer(node.args),
             refer(node.kwargs),
-            {key: node.meta[key] for key in ("is_wrapped", "fxreg") if key in node.meta},
+            _kept(node.meta),
         )
         for node in graph.nodes
     ]
+
+
+def _kept(meta: dict[str, Any]) -> dict[str, Any]:
+    """What a pickled graph keeps of a node's metadata: plain data, classes by their qualified names."""
+    kept: dict[str, Any] = {key: meta[key] for key in ("is_wrapped", "fxreg") if key in meta}
+    if "nn_module_stack" in meta:
+        kept["nn_module_stack"] = {
+            key: (path, kind_name(kind)) for key, (path, kind) in meta["nn_module_stack"].items()
+        }
+    return kept
 
 
 def read(rows: list[tuple[Any, ...]]) -> fx.Graph:

@@ -59,6 +59,11 @@ def recorded_kinds(gm: fx.GraphModule) -> dict[str, type | str]:
     return found
 
 
+def kind_name(kind: type | str) -> str:
+    """The qualified name of a module's class, as a graph records it."""
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _kind(
     path: str,
     module: nn.Module,
