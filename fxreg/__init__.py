@@ -11,6 +11,18 @@ l1      l1(0.0001)  2.weight     1×8           8  penalty
 """
 
 from .arguments import Stream, Strength
+from .constraining import constraint
+from .constraints import (
+    box,
+    l1_ball,
+    l2_ball,
+    limit_norm,
+    min_max_norm,
+    n_m_sparsity,
+    non_negative,
+    simplex,
+    unit_norm,
+)
 from .controls import load_state_dict, penalties, set_loss_scale, state_dict, strengths
 from .effects import gradient, penalty
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
@@ -35,6 +47,7 @@ from .matrices import nuclear_norm, orthogonal, soft_orthogonal
 from .network import to_networkx
 from .nonconvex import entropy, hoyer, log_sum, lp, mcp, scad, smooth_l1
 from .optimizing import param_groups
+from .proximal import ProximalStep
 from .regularizers import elastic_net, l1, l2, weight_decay
 from .reporting import diff, explain
 from .rules import Rule
@@ -48,6 +61,7 @@ __all__ = [
     "CaptureError",
     "FxregError",
     "MatchError",
+    "ProximalStep",
     "Rule",
     "RuleError",
     "Stream",
@@ -56,10 +70,12 @@ __all__ = [
     "VerifyError",
     "adaptive_clip",
     "add_noise",
+    "box",
     "centralize",
     "clip_block_rms",
     "clip_norm",
     "clip_value",
+    "constraint",
     "diff",
     "elastic_net",
     "entropy",
@@ -69,13 +85,19 @@ __all__ = [
     "group_lasso",
     "hoyer",
     "l1",
+    "l1_ball",
     "l2",
+    "l2_ball",
+    "limit_norm",
     "load_state_dict",
     "log_sum",
     "lp",
     "mask",
     "max_norm",
     "mcp",
+    "min_max_norm",
+    "n_m_sparsity",
+    "non_negative",
     "normalize",
     "nuclear_norm",
     "orthogonal",
@@ -85,6 +107,7 @@ __all__ = [
     "scad",
     "scale",
     "set_loss_scale",
+    "simplex",
     "smooth_l1",
     "soft_orthogonal",
     "sparse_group_lasso",
@@ -96,6 +119,7 @@ __all__ = [
     "total_variation",
     "transform",
     "trust_ratio",
+    "unit_norm",
     "verify",
     "weight_decay",
     "zero_nans",

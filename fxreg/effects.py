@@ -17,7 +17,7 @@ from . import operators
 from .arguments import Argument, checked_strength, coerced, read_arguments
 from .errors import RuleError
 from .fingerprints import fingerprint
-from .formulas import GradientFormula, PenaltyFormula
+from .formulas import GradientFormula, PenaltyFormula, ProximalFormula
 
 Via: TypeAlias = Literal["penalty", "gradient", "optimizer", "proximal"]
 P = ParamSpec("P")
@@ -83,6 +83,7 @@ class Definition(Generic[P]):
 
     default_via: Via
     leading: int  # how many of the formula's first parameters are the site's own tensors
+    prox: ProximalFormula | None = None
 
     def __init__(self, function: Callable[..., Any]) -> None:
         if not isinstance(function, types.FunctionType) or not function.__name__.isidentifier():
@@ -243,7 +244,8 @@ class Penalty(Definition[P]):
     def vias(self) -> tuple[Via, ...]:
         gradient: tuple[Via, ...] = ("gradient",) if self.formula.closed_form else ()
         optimizer: tuple[Via, ...] = ("optimizer",) if self.weight_decay is not None else ()
-        return ("penalty", *gradient, *optimizer)
+        proximal: tuple[Via, ...] = ("proximal",) if self.prox is not None else ()
+        return ("penalty", *gradient, *optimizer, *proximal)
 
     def gradient(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Register the closed-form gradient dR/dw of the formula, with the formula's own parameters."""
@@ -251,8 +253,30 @@ class Penalty(Definition[P]):
         self.register()
         return function
 
+    @overload
+    def proximal(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]: ...
+    @overload
+    def proximal(self, *, foreach: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
+    def proximal(self, function: Any = None, *, foreach: bool = False) -> Any:
+        """Register the proximal operator of the formula R: argmin_u ½‖u − weight‖² + step·R(u).
+
+        The function takes (weight, step) and then the formula's own parameters. The strength is in the step, which is
+        a 0-d tensor, the learning rate times the strength; a formula with strengths of its own gets those by name, and
+        the learning rate as the step. With `foreach`, for operators that act on each element by itself, the function
+        takes a list of weights of one dtype and device, and returns a list.
+        """
+        if function is None:
+            return lambda f: self._take_proximal(f, foreach)
+        return self._take_proximal(function, foreach)
+
+    def _take_proximal(self, function: Callable[..., Any], foreach: bool) -> Callable[..., Any]:
+        self.prox = ProximalFormula(function, self.formula.implicit, foreach)
+        self.register()
+        return function
+
     def _functions(self) -> tuple[Callable[..., Any], ...]:
-        return tuple(filter(None, (self.formula.function, self.formula.closed_form)))
+        prox = None if self.prox is None else self.prox.function
+        return tuple(filter(None, (self.formula.function, self.formula.closed_form, prox)))
 
     def _trial(self, weight: Tensor, effect: Effect) -> str | None:
         strengths = {name: weight.new_ones((), dtype=torch.float64) for name in effect.strengths}

@@ -1,6 +1,6 @@
 """The numerics around a formula: strengths, dtypes, autocast, the loss scale."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,3 +79,46 @@ class GradientFormula:
             if result.shape != grad.shape:
                 raise RuleError(f"the new gradient has shape {tuple(result.shape)}, the old one {tuple(grad.shape)}")
             return torch.where((factor == 1) | grad.isfinite().all(), result, grad)
+
+
+@dataclass(frozen=True)
+class ProximalFormula:
+    """argmin_u ½‖u − w‖² + lr·s·R(u), or a projection; and how the learning rate and the strengths enter.
+
+    Attributes:
+        function: of the weight, then of the step if there is one, then of strengths and arguments by name.
+        implicit: whether the step is lr·s, as the strength multiplies R from outside, or lr alone, as the formula has
+            strengths of its own. None for a projection, which has no step.
+        foreach: whether the function takes and returns several weights at once.
+    """
+
+    function: Callable[..., Any]
+    implicit: bool | None
+    foreach: bool = False
+
+    def moved(
+        self,
+        weights: Sequence[Tensor],
+        lr: float | Tensor,
+        strengths: Mapping[str, Tensor],
+        arguments: Mapping[str, Any],
+    ) -> list[Tensor]:
+        """The new weights, of those of one device and dtype: autocast off, 16-bit ones in float32."""
+        device = weights[0].device
+        wide = [weight.to(operators.accumulation_dtype(weight.dtype)) for weight in weights]
+        live = {name: strength.reshape(()).to(device) for name, strength in strengths.items()}
+        named = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
+        steps: list[Tensor] = []
+        if self.implicit is not None:
+            # A product with a tensor of the device: a number, or a tensor elsewhere, would have to be moved there.
+            rate = lr.reshape(()) if isinstance(lr, Tensor) else lr
+            steps = [rate * (live.pop("strength") if self.implicit else torch.ones_like(next(iter(live.values()))))]
+        with operators.without_autocast(device):
+            if self.foreach:
+                found = list(self.function(wide, *steps, **live, **named))
+            else:
+                found = [self.function(weight, *steps, **live, **named) for weight in wide]
+        for old, new in zip(weights, found, strict=True):
+            if new.shape != old.shape:
+                raise RuleError(f"the new weight has shape {tuple(new.shape)}, the old one {tuple(old.shape)}")
+        return found

@@ -39,6 +39,11 @@ def _(weight: Tensor, *, dim: int | tuple[int, ...] = 0) -> Tensor:
     return _directions(weight, group_norms(weight, dim))
 
 
+@group_lasso.proximal
+def _(weight: Tensor, step: Tensor, *, dim: int | tuple[int, ...] = 0) -> Tensor:
+    return _shrunk(weight, step, dim)
+
+
 @own_strengths
 def sparse_group_lasso(weight: Tensor, *, l1: Strength, group: Strength, dim: int | tuple[int, ...] = 0) -> Tensor:
     """Zeros in groups, and whole groups of zeros: l1·Σ|w| + group·Σ_g ‖w_g‖₂, no √size factor.
@@ -66,6 +71,11 @@ def sparse_group_lasso(weight: Tensor, *, l1: Strength, group: Strength, dim: in
 @sparse_group_lasso.gradient
 def _(weight: Tensor, *, l1: Tensor, group: Tensor, dim: int | tuple[int, ...] = 0) -> Tensor:
     return l1 * weight.sign() + group * _directions(weight, group_norms(weight, dim))
+
+
+@sparse_group_lasso.proximal
+def _(weight: Tensor, step: Tensor, *, l1: Tensor, group: Tensor, dim: int | tuple[int, ...] = 0) -> Tensor:
+    return _shrunk(weight.sign() * (weight.abs() - step * l1).clamp_min(0), step * group, dim)
 
 
 @penalty
@@ -100,6 +110,12 @@ def _(weight: Tensor, *, limit: float, dim: int | tuple[int, ...] = 0) -> Tensor
     return torch.where(norms > limit, _directions(weight, norms), 0)
 
 
+@max_norm.proximal
+def _(weight: Tensor, step: Tensor, *, limit: float, dim: int | tuple[int, ...] = 0) -> Tensor:
+    norms = group_norms(weight, dim)
+    return weight * torch.where(norms > limit, (norms - step).clamp_min(limit) / norms, 1)
+
+
 def group_norms(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """The 2-norm of every group, broadcastable against the weight."""
     kept = axes(dim, weight.ndim)
@@ -108,6 +124,12 @@ def group_norms(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         return weight.abs()
     norms: Tensor = torch.linalg.vector_norm(weight, dim=reduced, keepdim=True)
     return norms
+
+
+def _shrunk(weight: Tensor, threshold: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """w_g·max(0, 1 − threshold/‖w_g‖₂)."""
+    norms = group_norms(weight, dim)
+    return weight * torch.where(norms > threshold, 1 - threshold / norms, 0)
 
 
 def _directions(weight: Tensor, norms: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Insertion:
         if captured.assumed is not None:
             self._check_assumed(which)
         for edit in plan.edits:
-            if not isinstance(edit, LeaveToCompanion):
+            if not (isinstance(edit, LeaveToCompanion) and edit.via == "optimizer"):  # which keeps it in its groups
                 self.register(edit.label, edit.effect)
 
     def _check_assumed(self, which: int) -> None:

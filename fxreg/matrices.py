@@ -41,6 +41,13 @@ def _(weight: Tensor) -> Tensor:
     return polar.reshape(weight.shape)
 
 
+@nuclear_norm.proximal
+def _(weight: Tensor, step: Tensor) -> Tensor:
+    left, values, right = torch.linalg.svd(_matrix(weight), full_matrices=False)
+    shrunk: Tensor = (left * (values - step).clamp_min(0)) @ right
+    return shrunk.reshape(weight.shape)
+
+
 @penalty
 def orthogonal(weight: Tensor, *, mode: str = "rows") -> Tensor:
     """Mean of the absolute cosines between rows, R(W) = Σ_{i<j} |cos(w_i, w_j)| / (N(N−1)/2), or between columns.

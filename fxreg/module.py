@@ -5,13 +5,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, fx, nn
 
 from . import calls
 from .captured import Captured
+from .effects import Via
 from .errors import FxregError
 from .graphs import read, written
 from .planning import Emit, LeaveToCompanion, Plan
@@ -29,11 +30,17 @@ def located(path: str) -> str:
 
 
 _bound: "WeakKeyDictionary[nn.Module, set[tuple[str, str]]]" = WeakKeyDictionary()
+_stepping: "WeakKeyDictionary[State, WeakSet[Any]]" = WeakKeyDictionary()
 
 
 def bind(model: nn.Module, edits: Iterable[LeaveToCompanion]) -> None:
     """Note that the companion of these edits was called for a model, before or after it was transformed."""
     _bound.setdefault(model, set()).update((repr(edit.effect), edit.site) for edit in edits)
+
+
+def stepping(state: "State") -> "WeakSet[Any]":
+    """The proximal steps that act on an emitted module: weakly, as each goes with its optimizer."""
+    return _stepping.setdefault(state, WeakSet())
 
 
 @dataclass(frozen=True)
@@ -148,11 +155,12 @@ class State(nn.Module):
         """Call the original model; in the place of its forward, the forward of its class, without its hooks."""
         return type(self.model).forward(self.model, *args, **kwargs) if self.is_island else self.model(*args, **kwargs)
 
-    def unbound(self) -> tuple[str, ...]:
-        """The labels of the rules whose companion call has not come yet."""
+    def unbound(self) -> dict[str, Via]:
+        """The labels of the rules whose companion call has not come yet, and what they wait to act by."""
         plan, bound = self.provenance.plan, _bound.get(self.model, set())
-        waiting = [*plan.companions("optimizer"), *plan.companions("proximal")]
-        return tuple(dict.fromkeys(e.label for e in waiting if (repr(e.effect), e.site) not in bound))
+        waiting = [e for e in plan.companions("optimizer") if (repr(e.effect), e.site) not in bound]
+        waiting += [] if stepping(self) else plan.companions("proximal")
+        return {edit.label: edit.via for edit in waiting}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "State":
         # Whatever fn does to dtypes and values is for the model's state; only where it puts tensors matters here.

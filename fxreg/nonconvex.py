@@ -70,6 +70,11 @@ def _(weight: Tensor, *, beta: float = 1.0) -> Tensor:
     return (weight / beta).clamp(-1, 1)
 
 
+@smooth_l1.proximal
+def _(weight: Tensor, step: Tensor, *, beta: float = 1.0) -> Tensor:
+    return weight - step * (weight / (beta + step)).clamp(-1, 1)
+
+
 @penalty
 def log_sum(weight: Tensor, *, eps: float = 1e-2) -> Tensor:
     """Sum of logarithms, R(w) = Σ log(1 + |w|/ε): what iteratively reweighted l1 minimizes.
@@ -133,6 +138,17 @@ def _(weight: Tensor, *, strength: Tensor, a: float = 3.7) -> Tensor:
     return weight.sign() * torch.minimum(strength, (a * strength - size) / (a - 1)).clamp_min(0)
 
 
+@scad.proximal
+def _(weight: Tensor, step: Tensor, *, strength: Tensor, a: float = 3.7) -> Tensor:
+    size = weight.abs()
+    soft = (size - step * strength).clamp_min(0)
+    between = ((a - 1) * size - a * step * strength) / (a - 1 - step)
+    small = torch.where(size <= (1 + step) * strength, soft, torch.minimum(size, between))
+    jump = strength * torch.where(step < a + 1, (a + 1 + step) / 2, (step * (a + 1)).sqrt())
+    large = torch.where(size <= jump, soft, size)
+    return weight.sign() * torch.where(step < a - 1, small, large)
+
+
 @own_strengths
 def mcp(weight: Tensor, *, strength: Strength, gamma: float = 3.0) -> Tensor:
     """Minimax concave penalty: as steep as l1 at 0, ever less steep, and constant beyond γ·λ.
@@ -163,6 +179,14 @@ def mcp(weight: Tensor, *, strength: Strength, gamma: float = 3.0) -> Tensor:
 @mcp.gradient
 def _(weight: Tensor, *, strength: Tensor, gamma: float = 3.0) -> Tensor:
     return weight.sign() * (strength - weight.abs() / gamma).clamp_min(0)
+
+
+@mcp.proximal
+def _(weight: Tensor, step: Tensor, *, strength: Tensor, gamma: float = 3.0) -> Tensor:
+    size = weight.abs()
+    firm = torch.minimum(size, (size - step * strength).clamp_min(0) / (1 - step / gamma))
+    hard = torch.where(size <= strength * (gamma * step).sqrt(), 0, size)
+    return weight.sign() * torch.where(step < gamma, firm, hard)
 
 
 @penalty

@@ -3,6 +3,7 @@
 Throughout, w is the parameter (any shape), s the strength, and the objective becomes loss + s·R(w).
 """
 
+import torch
 from torch import Tensor
 
 from .arguments import Strength
@@ -38,6 +39,11 @@ def _(weight: Tensor) -> Tensor:
     return weight.sign()
 
 
+@l1.proximal(foreach=True)
+def _(weights: list[Tensor], step: Tensor) -> list[Tensor]:
+    return soft_thresholded(weights, step)
+
+
 @penalty(weight_decay=2.0)
 def l2(weight: Tensor) -> Tensor:
     """Sum of squares, R(w) = Σw² (Keras's convention; without the ½ of torch's `weight_decay`).
@@ -67,6 +73,11 @@ def _(weight: Tensor) -> Tensor:
     return 2 * weight
 
 
+@l2.proximal(foreach=True)
+def _(weights: list[Tensor], step: Tensor) -> list[Tensor]:
+    return _divided(weights, 1 + 2 * step)
+
+
 @own_strengths
 def elastic_net(weight: Tensor, *, l1: Strength, l2: Strength) -> Tensor:
     """Both at once, l1·Σ|w| + l2·Σw².
@@ -92,6 +103,22 @@ def elastic_net(weight: Tensor, *, l1: Strength, l2: Strength) -> Tensor:
 @elastic_net.gradient
 def _(weight: Tensor, *, l1: Tensor, l2: Tensor) -> Tensor:
     return l1 * weight.sign() + 2 * l2 * weight
+
+
+@elastic_net.proximal(foreach=True)
+def _(weights: list[Tensor], step: Tensor, *, l1: Tensor, l2: Tensor) -> list[Tensor]:
+    return _divided(soft_thresholded(weights, step * l1), 1 + 2 * step * l2)
+
+
+def soft_thresholded(weights: list[Tensor], threshold: Tensor) -> list[Tensor]:
+    """sign(w)·max(|w| − threshold, 0)."""
+    sizes = torch._foreach_abs(weights)
+    sizes = torch._foreach_clamp_min(torch._foreach_add(sizes, -threshold.to(weights[0].dtype)), 0.0)
+    return list(torch._foreach_mul(sizes, torch._foreach_sign(weights)))
+
+
+def _divided(weights: list[Tensor], divisor: Tensor) -> list[Tensor]:
+    return list(torch._foreach_div(weights, divisor.to(weights[0].dtype)))
 
 
 def _weight_decay(decay: Strength) -> None:

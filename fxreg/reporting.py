@@ -12,9 +12,14 @@ from .errors import FxregError, RuleError
 from .exported import as_module
 from .matching import match
 from .module import RegularizedModule, emitted, state_of
-from .planning import Plan, plan
+from .planning import LeaveToCompanion, Plan, plan
 from .rules import Rule, checked_rules
 from .transforming import strip
+
+_COMPANIONS = {
+    "optimizer": "call fxreg.param_groups and build the optimizer on it",
+    "proximal": "call fxreg.ProximalStep(optimizer, gm)",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Report:
         verified: whether the result was compared with the model.
         calls: for the label of every rule on activations, the nodes of its penalties in the graph; what is called as a
             whole and may have several inside is one.
-        unbound: the labels of rules whose companion call (`fxreg.param_groups`) has not come yet.
+        unbound: the labels of rules whose companion call (`fxreg.param_groups`, `fxreg.ProximalStep`) has not come
+            yet.
     """
 
     plan: Plan
@@ -43,7 +49,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [str(self.plan), "", f"emit: {self.emit}"]
-        lines += [f"unbound: {label}: call fxreg.param_groups and build the optimizer on it" for label in self.unbound]
+        vias = {edit.label: edit.via for edit in self.plan.edits if isinstance(edit, LeaveToCompanion)}
+        lines += [f"unbound: {label}: {_COMPANIONS[vias[label]]}" for label in self.unbound]
         lines += [f"activations: {label}: {', '.join(nodes) or 'no call'}" for label, nodes in self.calls.items()]
         lines += [f"opaque: {path or 'the model itself'}: {reason}" for path, reason in self.opaque.items()]
         lines += [f"island: {path}: a graph of {len(gm.graph.nodes)} nodes" for path, gm in self.islands.items()]
@@ -92,7 +99,7 @@ def explain(model: nn.Module | ExportedProgram, rules: Rule | Iterable[Rule] | N
         opaque=dict(state.captured.opaque),
         islands=dict(state.islands),
         verified=provenance.verified,
-        unbound=state.unbound(),
+        unbound=tuple(state.unbound()),
         calls={label: tuple(nodes) for label, nodes in provenance.calls.items()},
     )
 

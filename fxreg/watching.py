@@ -65,11 +65,13 @@ def _warn_unbound(module: nn.Module, args: Any) -> None:
     waiting = state.unbound()
     if waiting and not state.warned_unbound:
         state.warned_unbound = True
-        warnings.warn(
-            f"fxreg: rules {', '.join(map(repr, waiting))} act through the optimizer, but fxreg.param_groups was never "
-            "called with them, so they do nothing.",
-            stacklevel=2,
-        )
+        for via, companion in (("optimizer", "param_groups"), ("proximal", "ProximalStep")):
+            if labels := [repr(label) for label, by in waiting.items() if by == via]:
+                warnings.warn(
+                    f"fxreg: rules {', '.join(labels)} act through the optimizer, but fxreg.{companion} was never "
+                    "called with them, so they do nothing.",
+                    stacklevel=2,
+                )
 
 
 def _watch_accumulation(module: nn.Module, args: Any, output: Any) -> None:

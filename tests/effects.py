@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import fxreg
+from fxreg.constraining import Constraint
 from fxreg.effects import Definition, Gradient, OptimizerOption, Penalty, registry
 
 PAGE = Path(__file__).parents[1] / "docs" / "effects.md"
@@ -23,6 +24,11 @@ _SECTIONS: dict[type, tuple[str, str]] = {
     Gradient: (
         "Gradient transforms",
         "g is the loss's gradient of one parameter in one forward call, before any penalty's is added.",
+    ),
+    Constraint: (
+        "Constraints",
+        "`fxreg.ProximalStep` puts the parameter w back where it is allowed to be, after each step of the optimizer: "
+        "there is\nnothing in the graph. [Proximal steps](proximal.md) has more.",
     ),
     OptimizerOption: (
         "Options of the optimizer",
