@@ -13,6 +13,7 @@ from torch import Tensor
 from .arguments import Stream, Strength
 from .effects import gradient
 from .groups import group_norms
+from .norms import norm
 
 
 @gradient
@@ -53,7 +54,7 @@ def clip_norm(grad: Tensor, weight: Tensor, *, max_norm: Strength) -> Tensor:
 
     Source: Pascanu, Mikolov and Bengio (2013), "On the difficulty of training recurrent neural networks", alg. 1.
     """
-    return grad * torch.clamp(max_norm / (torch.linalg.vector_norm(grad) + 1e-6), max=1.0)
+    return grad * torch.clamp(max_norm / (norm(grad) + 1e-6), max=1.0)
 
 
 @gradient
@@ -74,7 +75,7 @@ def clip_block_rms(grad: Tensor, weight: Tensor, *, threshold: Strength) -> Tens
 
     Source: Shazeer and Stern (2018), "Adafactor", section 6.
     """
-    rms = torch.linalg.vector_norm(grad) / max(grad.numel(), 1) ** 0.5
+    rms = norm(grad) / max(grad.numel(), 1) ** 0.5
     return torch.where(rms > threshold, grad * (threshold / rms), grad)
 
 
@@ -122,8 +123,7 @@ def normalize(grad: Tensor, weight: Tensor, *, length: Strength) -> Tensor:
 
     Source: Hazan, Levy and Shalev-Shwartz (2015), "Beyond convexity: stochastic quasi-convex optimization".
     """
-    norm: Tensor = torch.linalg.vector_norm(grad)
-    return grad * (length / (norm + 1e-6))
+    return grad * (length / (norm(grad) + 1e-6))
 
 
 @gradient
@@ -145,7 +145,7 @@ def trust_ratio(grad: Tensor, weight: Tensor, *, coefficient: Strength, eps: flo
 
     Source: You, Gitman and Ginsburg (2017), "Large batch training of convolutional networks", eq. 6.
     """
-    mine, its = torch.linalg.vector_norm(grad), torch.linalg.vector_norm(weight).to(grad.dtype)
+    mine, its = norm(grad), norm(weight).to(grad.dtype)
     return torch.where((mine > 0) & (its > 0), grad * (coefficient * its / (mine + eps)), grad)
 
 
@@ -289,10 +289,7 @@ def add_noise(
 
 def _unit_norms(tensor: Tensor) -> Tensor:
     """The 2-norm of each output unit, of all of a vector or scalar; broadcastable against the tensor."""
-    if tensor.ndim > 1:
-        return group_norms(tensor, 0)
-    norm: Tensor = torch.linalg.vector_norm(tensor)
-    return norm
+    return group_norms(tensor, 0) if tensor.ndim > 1 else norm(tensor)
 
 
 def _standard_normal(key: Tensor, step: Tensor, index: Tensor) -> Tensor:

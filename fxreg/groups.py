@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .arguments import Strength
 from .effects import own_strengths, penalty
+from .norms import norm
 
 
 @penalty
@@ -101,7 +102,8 @@ def max_norm(weight: Tensor, *, limit: float, dim: int | tuple[int, ...] = 0) ->
     """
     if limit < 0:
         raise ValueError("limit must be at least 0")
-    return (group_norms(weight, dim) - limit).clamp_min(0).sum()
+    norms = group_norms(weight, dim)
+    return torch.where(norms > limit, norms - limit, 0).sum()
 
 
 @max_norm.gradient
@@ -119,11 +121,8 @@ def _(weight: Tensor, step: Tensor, *, limit: float, dim: int | tuple[int, ...] 
 def group_norms(weight: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """The 2-norm of every group, broadcastable against the weight."""
     kept = axes(dim, weight.ndim)
-    reduced = [d for d in range(weight.ndim) if d not in kept]
-    if not reduced:
-        return weight.abs()
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=reduced, keepdim=True)
-    return norms
+    reduced = tuple(d for d in range(weight.ndim) if d not in kept)
+    return norm(weight, reduced) if reduced else weight.abs()
 
 
 def _shrunk(weight: Tensor, threshold: Tensor, dim: int | tuple[int, ...]) -> Tensor:

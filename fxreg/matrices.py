@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .effects import penalty
+from .norms import norm
 
 _EPSILON = 1e-7  # Keras's
 
@@ -75,7 +76,7 @@ def orthogonal(weight: Tensor, *, mode: str = "rows") -> Tensor:
         raise ValueError(f"mode must be 'rows' or 'columns', not {mode!r}")
     matrix = _matrix(weight)
     rows = matrix if mode == "rows" else matrix.mT
-    unit = rows * rows.square().sum(1, keepdim=True).clamp_min(_EPSILON**2).rsqrt()
+    unit = rows / norm(rows, (1,)).clamp_min(_EPSILON)
     pairs = (unit @ unit.mT).triu(1).abs().sum()
     count = len(rows)
     return pairs / max(count * (count - 1) // 2, 1)

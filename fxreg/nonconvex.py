@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .arguments import Strength
 from .effects import own_strengths, penalty
+from .norms import norm
 
 
 @penalty
@@ -211,15 +212,14 @@ def hoyer(weight: Tensor, *, eps: float = 1e-8) -> Tensor:
     Source: Hoyer (2004), "Non-negative matrix factorization with sparseness constraints".
     """
     _check_positive(eps=eps)
-    norm: Tensor = torch.linalg.vector_norm(weight)
-    return weight.abs().sum() / (norm + eps)
+    return weight.abs().sum() / (norm(weight) + eps)
 
 
 @hoyer.gradient
 def _(weight: Tensor, *, eps: float = 1e-8) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(weight)
-    direction = torch.where(norm > 0, weight / norm, 0.0)
-    return weight.sign() / (norm + eps) - direction * weight.abs().sum() / (norm + eps).square()
+    length = norm(weight)
+    direction = torch.where(length > 0, weight / length, 0.0)
+    return (weight.sign() - direction * (weight.abs().sum() / (length + eps))) / (length + eps)
 
 
 @penalty

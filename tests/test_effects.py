@@ -78,14 +78,12 @@ class Penalty:
     Attributes:
         least: the rank it needs.
         loose: by how much its float32 is worse than that of a sum.
-        squares: whether it squares small numbers, for which float32 has no room.
     """
 
     make: Callable[[float], Any]
     by_hand: Callable[[float, Array], tuple[float, Array]]
     least: int = 0
     loose: float = 1
-    squares: bool = False
 
     @property
     def lowerings(self) -> list[dict[str, Any]]:
@@ -213,16 +211,12 @@ PENALTIES = {
         lambda s: fxreg.elastic_net(s, s / 3),
         lambda s, w: (s * float(np.abs(w).sum() + (w * w).sum() / 3), s * np.sign(w) + 2 * s * w / 3),
     ),
-    "group_lasso": Penalty(fxreg.group_lasso, _grouped(0), least=1, squares=True),
-    "group_lasso, last": Penalty(lambda s: fxreg.group_lasso(s, dim=-1), _grouped(-1), least=1, squares=True),
-    "group_lasso, 1": Penalty(lambda s: fxreg.group_lasso(s, dim=1), _grouped(1), least=2, squares=True),
-    "group_lasso, 0 and -1": Penalty(
-        lambda s: fxreg.group_lasso(s, dim=(0, -1)), _grouped(0, -1), least=1, squares=True
-    ),
-    "group_lasso, one dimension twice": Penalty(
-        lambda s: fxreg.group_lasso(s, dim=(-2, 0)), _grouped(-2, 0), least=2, squares=True
-    ),
-    "group_lasso, none": Penalty(lambda s: fxreg.group_lasso(s, dim=()), _grouped(), squares=True),
+    "group_lasso": Penalty(fxreg.group_lasso, _grouped(0), least=1),
+    "group_lasso, last": Penalty(lambda s: fxreg.group_lasso(s, dim=-1), _grouped(-1), least=1),
+    "group_lasso, 1": Penalty(lambda s: fxreg.group_lasso(s, dim=1), _grouped(1), least=2),
+    "group_lasso, 0 and -1": Penalty(lambda s: fxreg.group_lasso(s, dim=(0, -1)), _grouped(0, -1), least=1),
+    "group_lasso, one dimension twice": Penalty(lambda s: fxreg.group_lasso(s, dim=(-2, 0)), _grouped(-2, 0), least=2),
+    "group_lasso, none": Penalty(lambda s: fxreg.group_lasso(s, dim=()), _grouped()),
     "sparse_group_lasso": Penalty(
         lambda s: fxreg.sparse_group_lasso(l1=s / 3, group=s),
         lambda s, w: (
@@ -230,7 +224,6 @@ PENALTIES = {
             s * (np.sign(w) / 3 + group_lasso(w, (0,))[1]),
         ),
         least=1,
-        squares=True,
     ),
     "max_norm": Penalty(lambda s: fxreg.max_norm(s, limit=0.8), _above, least=1),
     "lp, half": Penalty(fxreg.lp, _each(lambda s, x: s * math.sqrt(x), lambda s, x: s / 2 / math.sqrt(x))),
@@ -248,9 +241,9 @@ PENALTIES = {
     "hoyer": Penalty(fxreg.hoyer, _hoyer, loose=10),
     "entropy": Penalty(fxreg.entropy, _entropy, loose=10),
     "nuclear_norm": Penalty(fxreg.nuclear_norm, _nuclear, least=2, loose=1e3),
-    "orthogonal": Penalty(fxreg.orthogonal, _cosines(by_columns=False), least=2, loose=10, squares=True),
+    "orthogonal": Penalty(fxreg.orthogonal, _cosines(by_columns=False), least=2, loose=10),
     "orthogonal, columns": Penalty(
-        lambda s: fxreg.orthogonal(s, mode="columns"), _cosines(by_columns=True), least=2, loose=10, squares=True
+        lambda s: fxreg.orthogonal(s, mode="columns"), _cosines(by_columns=True), least=2, loose=10
     ),
     "soft_orthogonal": Penalty(fxreg.soft_orthogonal, _gram, least=2, loose=10),
     "total_variation": Penalty(fxreg.total_variation, _variation(-2, -1), least=2),
@@ -318,20 +311,6 @@ def test_closed_forms_are_the_derivatives_on_random_shapes(
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_values_are_differentiable_as_finite_differences_say(name: str) -> None:
-    weight = weights(3, 4, seed=5, zeros=False)
-    weight += 0.2 * weight.sign()  # away from the kinks
-    _, gm = emitted(weight, PENALTIES[name].make(0.7), emit="output")
-
-    def value(w: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(gm, {"weight": w}, (torch.zeros(3, 4),))[1]
-        return result
-
-    assert torch.autograd.gradcheck(value, weight.requires_grad_())
-    assert torch.autograd.gradgradcheck(value, weight)
-
-
-@pytest.mark.parametrize("name", PENALTIES)
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_at_zero_the_value_and_every_gradient_are_zero(name: str, zero: float) -> None:
     for shape in ((3, 4), (1, 1), (2, 2, 2)):
@@ -358,11 +337,10 @@ def test_a_group_of_exact_zeros_stays_among_others_that_do_not() -> None:
 def test_gradients_stay_finite_at_the_ends_of_float32(name: str, size: float) -> None:
     weight = size * torch.tensor([[1.0, -1.0], [0.5, 0.25]])
     expected = PENALTIES[name].by_hand(1.0, weight.double().numpy())[1]
+    least = 1e-16 if name.startswith("orthogonal") else 0.0  # a cosine of 1e-46 is no float32
     for keys in PENALTIES[name].lowerings:
         found = gradient_of(weight, torch.zeros(2, 2), PENALTIES[name].make(1.0), **keys)
-        if size > 1e-20 or not PENALTIES[name].squares:  # the square of 1e-30 is no float32
-            torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-5, atol=0.0)
-        assert found.isfinite().all()
+        torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-5, atol=least)
 
 
 @pytest.mark.parametrize(("dim", "wrong"), [(2, 2), (-3, -3), ((0, 5), 5), (10**30, 10**30)], ids=str)

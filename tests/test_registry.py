@@ -73,12 +73,12 @@ def _scad(x: Tensor) -> Tensor:
     """With λ = 0.1 and a = 3, for one absolute value."""
     if x <= 0.1:
         return 0.1 * x
-    return (0.6 * x - x * x - 0.01) / 4 if x <= 0.3 else torch.tensor(0.02)
+    return (0.6 * x - x * x - 0.01) / 4 if x <= 0.3 else x.new_tensor(0.02)
 
 
 def _mcp(x: Tensor) -> Tensor:
     """With λ = 0.1 and γ = 3, for one absolute value."""
-    return 0.1 * x - x * x / 6 if x <= 0.3 else torch.tensor(0.015)
+    return 0.1 * x - x * x / 6 if x <= 0.3 else x.new_tensor(0.015)
 
 
 MASK = torch.tensor([[True], [False], [True], [True]])
@@ -101,9 +101,9 @@ EXAMPLES = {
     "log_sum": Example(fxreg.log_sum(0.3, eps=0.1), penalty=lambda w: 0.3 * (1 + 10 * w.abs()).log().sum()),
     "scad": Example(fxreg.scad(0.1, a=3.0), penalty=lambda w: sum(map(_scad, w.abs().reshape(-1)))),
     "mcp": Example(fxreg.mcp(0.1, gamma=3.0), penalty=lambda w: sum(map(_mcp, w.abs().reshape(-1)))),
-    "hoyer": Example(fxreg.hoyer(0.3), penalty=lambda w: 0.3 * w.abs().sum() / w.square().sum().sqrt()),
+    "hoyer": Example(fxreg.hoyer(0.3), penalty=lambda w: 0.3 * w.abs().sum() / (w.norm() + 1e-8)),
     "entropy": Example(
-        fxreg.entropy(0.3), penalty=lambda w: 0.3 * torch.distributions.Categorical(w.abs().reshape(-1)).entropy()
+        fxreg.entropy(0.3), penalty=lambda w: 0.3 * torch.special.entr(w.abs() / w.abs().sum().clamp_min(1e-30)).sum()
     ),
     "nuclear_norm": Example(fxreg.nuclear_norm(0.3), penalty=lambda w: 0.3 * torch.linalg.matrix_norm(w, "nuc")),
     "orthogonal": Example(
@@ -136,7 +136,7 @@ EXAMPLES = {
     "zero_nans": Example(fxreg.zero_nans(), transform=lambda g: g),
     "add_noise": Example(fxreg.add_noise(0.3, seed=3)),  # by its distribution, in test_effects; here by eager mode
     "registry_anchored": Example(
-        registry_anchored(0.3, anchor=torch.tensor(0.2), dims=(0,)), penalty=lambda w: 0.3 * ((w - 0.2) ** 2).sum()
+        registry_anchored(0.3, anchor=torch.tensor(0.25), dims=(0,)), penalty=lambda w: 0.3 * ((w - 0.25) ** 2).sum()
     ),
     "registry_huber": Example(
         registry_huber(inner=0.3, outer=0.2),
