@@ -52,6 +52,7 @@ from .regularizers import elastic_net, l1, l2, weight_decay
 from .reporting import diff, explain
 from .rules import Rule
 from .schedules import StrengthScheduler
+from .stepping import train_step
 from .transforming import strip, transform
 from .verifying import verify
 
@@ -117,6 +118,7 @@ __all__ = [
     "tangent",
     "to_networkx",
     "total_variation",
+    "train_step",
     "transform",
     "trust_ratio",
     "unit_norm",

@@ -199,9 +199,26 @@ def call_region(mode: str, args: tuple[Any, ...]) -> Any:
     return getattr(torch.ops.higher_order, mode)(*args)
 
 
+class _Apart(threading.local):
+    """What a training step sets while it traces a module whose penalties it differentiates by themselves.
+
+    Attributes:
+        zero: a tensor of one element that stands for the penalties in the loss; its gradient is how often they count.
+    """
+
+    zero: Tensor | None = None
+
+    def value(self, penalty: Tensor) -> Tensor:
+        """The penalty as the loss is to see it."""
+        return penalty if self.zero is None else penalty.detach() + self.zero.reshape(()).to(penalty)
+
+
+apart = _Apart()
+
+
 def attach(output: Any, penalties: list[Tensor], scale: Tensor) -> Any:
     """The output, unchanged; the backward pass through any of its tensors also reaches the penalties, once."""
-    if not torch.is_grad_enabled() or not any(penalty.requires_grad for penalty in penalties):
+    if apart.zero is not None or not torch.is_grad_enabled() or not any(penalty.requires_grad for penalty in penalties):
         return output
     live: dict[int, Tensor] = {}
     for tensor in tensors(output):
@@ -220,6 +237,7 @@ def add_to_loss(output: Any, penalty: Tensor, training: bool) -> Any:
     """The output with the penalty added to its loss, in training mode."""
     if not training:
         return output
+    penalty = apart.value(penalty)
     if isinstance(output, Tensor):
         return _checked_loss(output, "the output") + penalty.to(output.device)
     field = "loss"

@@ -22,7 +22,7 @@ TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 PAGES = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["methods.md", "injection.md", "exported.md", "capture.md"])
+@pytest.mark.parametrize("page", ["methods.md", "injection.md", "exported.md", "capture.md", "performance.md"])
 def test_every_example_on_the_page_says_what_it_does(page: str) -> None:
     # A fence right behind an example would be read as its output: blank them, and keep the line numbers.
     text = re.sub(r"^```.*$", "", (PAGES / page).read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -1,0 +1,213 @@
+"""train_step: forward, backward, penalties and update as one compiled graph."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
+
+from .capture import split_examples
+from .errors import FxregError
+from .module import RegularizedModule, emitted, scalar_dtype, state_of
+from .updates import moving, update_of
+from .whole import Group, Job, WholeStep, separable_terms
+
+Loss: TypeAlias = Callable[..., Tensor]
+
+
+def train_step(
+    gm: nn.Module,
+    loss_fn: Loss,
+    optimizer: torch.optim.Optimizer,
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+) -> "TrainStep":
+    """Compile a whole training step: the gradient of loss + Σ s·R(w), and the optimizer's update with it.
+
+    `loss = step(inputs, *targets)` is one graph for the ordinary loop's
+
+        optimizer.zero_grad()
+        loss = loss_fn(gm(*inputs), *targets)
+        loss.backward()
+        optimizer.step()
+
+    Parameters and the optimizer's state are changed in place, so that checkpoints, learning-rate schedulers and the
+    ordinary loop go on from there, and back. Strengths and learning rates are read at every step and compile nothing
+    anew; other options of the optimizer may. `.grad` is neither read nor written.
+
+    The gradient of a penalty is taken by itself, in closed form where it has one, and added to the loss's behind all
+    transforms. With `emit="output"` the step adds the penalty to the loss, and `loss_fn` is given the output alone;
+    with `emit="loss"`, `loss_fn` is given the output whose loss has the penalty in it.
+
+    Args:
+        gm: what `fxreg.transform` returned.
+        loss_fn: (output, *targets) → the loss, a 0-d tensor.
+        optimizer: a `torch.optim.SGD`, `Adam` or `AdamW`. Parameters of the module that it does not hold stay as they
+            are; it may hold others.
+        backend: as for `torch.compile`, like `mode` and `dynamic`.
+
+    Returns:
+        A function: `inputs` are a tensor, a tuple (positional) or a dict (keyword); it returns the loss, detached, as
+        it was before the update.
+
+    Raises:
+        FxregError: an optimizer or an option that has no formula here; something that a compiled step would pass by:
+            hooks on parameters or before the optimizer's step, parameters that are not plain tensors, other ranks; a
+            model or a loss that does not compile whole.
+
+    >>> import torch, fxreg
+    >>> model = torch.nn.Linear(4, 1)
+    >>> gm = fxreg.transform(model, [fxreg.Rule(fxreg.l1(0.1), param="weight")])
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> step = fxreg.train_step(gm, torch.nn.functional.mse_loss, optimizer, backend="aot_eager")
+    >>> before = model.weight.detach().clone()
+    >>> loss = step(torch.zeros(8, 4), torch.zeros(8, 1))
+    >>> torch.allclose(model.weight, before - 0.1 * 0.1 * before.sign())
+    True
+    """
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        raise FxregError(
+            f"train_step: torch {torch.__version__} has no torch._dynamo.config.trace_autograd_ops, which puts a "
+            "backward pass into a graph. Use a later torch, or the ordinary loop with torch.compile(gm)."
+        )
+    return TrainStep(emitted(gm), loss_fn, optimizer, backend=backend, mode=mode, dynamic=dynamic)
+
+
+class TrainStep:
+    """What `train_step` returns: the compiled step, and what it was made from."""
+
+    def __init__(self, gm: RegularizedModule, loss_fn: Loss, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        self.gm, self.loss_fn, self.optimizer = gm, loss_fn, optimizer
+        self._update = update_of(optimizer)
+        _refuse_strangers(gm, optimizer)
+        self._rates: dict[int, Tensor] = {}
+        self._zeros: dict[torch.device, Tensor] = {}
+        self._spare: dict[Tensor, dict[str, Tensor]] = {}
+        self._terms = separable_terms(gm)
+        whole = WholeStep(gm, loss_fn, state_of(gm).provenance.emit, self._terms, self._update.formula)
+        self._compiled = torch.compile(whole.run, fullgraph=True, **options)
+        self._groups()  # what it refuses, it refuses at once
+
+    def __call__(self, inputs: Any, *targets: Any) -> Tensor:
+        """Train on one batch, and return its loss."""
+        args, kwargs = split_examples((inputs,) if isinstance(inputs, Tensor) else inputs)
+        groups = self._groups()
+        live = [term.live(self.gm) for term in self._terms or ()]
+
+        told = ExitStack()
+
+        def step(optimizer: torch.optim.Optimizer) -> Tensor:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                loss, moved = self._compiled(args, kwargs, targets, self._zero(), live, groups)
+            told.enter_context(moving(optimizer, self._kept(groups, moved)))
+            vars(optimizer)["_opt_called"] = True  # a scheduler asks for it before it warns
+            return loss
+
+        hooked: Any = torch_optimizer.Optimizer.profile_hook_step(step)  # calls the hooks, as the optimizer's own does
+        try:
+            with told:
+                loss: Tensor = hooked(self.optimizer)
+                return loss
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise FxregError(
+                "train_step: the model, the loss and the update must compile as one graph, and do not. Mend what "
+                f"breaks it, or use the ordinary loop with torch.compile(gm). Dynamo says: {error}"
+            ) from error
+
+    def _groups(self) -> list[Group]:
+        """The optimizer as it is now: options may have been changed, and states loaded."""
+        _refuse_unseen(self.gm, self.optimizer)
+        return [
+            (
+                self._rate(number, group),
+                self._update.read(group, number),
+                [self._job(parameter, group) for parameter in group["params"] if parameter.requires_grad],
+            )
+            for number, group in enumerate(self.optimizer.param_groups)
+        ]
+
+    def _job(self, parameter: Tensor, group: Mapping[str, Any]) -> Job:
+        state = self.optimizer.state.get(parameter, {})
+        names = self._update.names(group)
+        new = [name for name in names if state.get(name) is None]
+        if new:
+            spare = self._spare.get(parameter)
+            if spare is None or spare.keys() != set(names) or spare[names[-1]].device != parameter.device:
+                spare = self._spare[parameter] = self._update.prepared(parameter, group)
+            state = {**state, **{name: spare[name] for name in new}}
+        # Said only where the formula asks: the graph of a step with a new state serves no other step.
+        return parameter, {name: state[name] for name in names}, bool(new and group.get("dampening"))
+
+    def _kept(self, groups: list[Group], moved: tuple[bool, ...]) -> set[Tensor]:
+        """The parameters that moved; the new states of theirs are the optimizer's, as it would have made them."""
+        jobs = (job for _, _, jobs in groups for job in jobs)
+        found = {parameter: state for (parameter, state, _), has_moved in zip(jobs, moved, strict=True) if has_moved}
+        for parameter, state in found.items():
+            if self._spare.pop(parameter, None) is not None:
+                self.optimizer.state[parameter].update(state)
+        return set(found)
+
+    def _rate(self, number: int, group: Mapping[str, Any]) -> Tensor:
+        """The learning rate as a tensor: a number would be a constant of the graph."""
+        value, devices = group["lr"], {parameter.device for parameter in group["params"]}
+        device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+        if number not in self._rates or self._rates[number].device != device:
+            # Of shape [1], as strengths are: see `State`.
+            self._rates[number] = torch.zeros(1, dtype=scalar_dtype(device), device=device)
+        with torch.no_grad():
+            rate = self._rates[number]
+            return rate.copy_(value.reshape(1)) if isinstance(value, Tensor) else rate.fill_(value)
+
+    def _zero(self) -> Tensor:
+        device = state_of(self.gm).loss_scale.device
+        if device not in self._zeros:
+            self._zeros[device] = torch.zeros(1, device=device, requires_grad=True)
+        return self._zeros[device]
+
+
+def _refuse_strangers(gm: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    own = {id(parameter) for parameter in gm.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise FxregError(
+            f"train_step: the optimizer ({type(optimizer).__name__}) holds none of the module's parameters. Make it of "
+            "the model's own, model.parameters()."
+        )
+
+
+def _refuse_unseen(gm: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what the ordinary loop would run, and one graph passes by."""
+    if torch_optimizer._global_optimizer_pre_hooks or optimizer._optimizer_step_pre_hooks:
+        raise FxregError(
+            "train_step: the optimizer has a hook before its step, which would find no gradients. Use a gradient rule "
+            "(fxreg.clip_norm, @fxreg.gradient), or the ordinary loop. Hooks after the step are called."
+        )
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise FxregError(
+            f"train_step: {distributed.get_world_size()} ranks are training, and the step would not reduce gradients "
+            "over them. Use the ordinary loop with DistributedDataParallel or fully_shard."
+        )
+    update_of(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if why := _unseen(parameter):
+                names = {id(own): name for name, own in gm.named_parameters()}
+                name = names.get(id(parameter), "that is not the module's")
+                raise FxregError(f"train_step: parameter {name!r} {why}")
+
+
+def _unseen(parameter: Tensor) -> str | None:
+    if type(parameter) not in (nn.Parameter, Tensor):
+        return f"is a {type(parameter).__name__}, not a plain tensor. Use the ordinary loop."
+    if parameter.is_complex():
+        return "is complex, and the formulas of the updates are for real ones. Use the ordinary loop."
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        return (
+            "has a hook on its gradient, which a graph would not call. Use a gradient rule (@fxreg.gradient), or the "
+            "ordinary loop."
+        )
+    return None
