@@ -14,6 +14,7 @@ from .errors import RuleError
 from .formulas import ProximalFormula
 from .module import emitted, state_of, stepping
 from .planning import LeaveToCompanion
+from .updates import has_moved
 
 _OTHER_STEPS = (torch.optim.LBFGS, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor)
 """The optimizers whose steps are not of the size that `lr` in their groups says."""
@@ -101,7 +102,7 @@ class ProximalStep:
         for operator in self._operators:
             live = live_strengths(self._state, operator.label, operator.effect)
             for group in optimizer.param_groups:
-                weights = [p for p in group["params"] if p in operator.weights and p.grad is not None]
+                weights = [p for p in group["params"] if p in operator.weights and has_moved(optimizer, p)]
                 for batch in _batches(weights) if operator.formula.foreach else ([weight] for weight in weights):
                     try:
                         new = operator.formula.moved(batch, group["lr"], live, operator.effect.arguments)

@@ -256,6 +256,37 @@ def test_hooks_behind_the_step_see_the_new_parameters() -> None:
     assert not has_moved(optimizer, weight)
 
 
+def test_a_proximal_step_follows() -> None:
+    trial = Trial("mlp", [])
+    trial.gm = fxreg.transform(trial.model, [fxreg.Rule(fxreg.l1(0.5), via="proximal")])
+    optimizer, reference = OPTIMIZERS["sgd"](trial.parameters()), OPTIMIZERS["sgd"](list(trial.twin.parameters()))
+    fxreg.ProximalStep(optimizer, trial.gm)
+    step = trial.step(optimizer)
+    for _ in range(3):
+        step()
+        trial.by_hand(reference, 1)
+        for parameter in trial.twin.parameters():
+            if parameter.grad is not None:
+                parameter.data = parameter.sign() * (parameter.abs() - 0.05 * 0.5).clamp(0).data
+        trial.assert_same()
+    assert not trial.model.fc3.weight.all()
+
+
+@pytest.mark.parametrize("emit", EMITS)
+def test_penalties_on_activations_and_on_parameters(emit: str) -> None:
+    trial = Trial("tiny", RULES["penalties"](), emit)
+    rules = [fxreg.Rule(fxreg.l2(0.3), layer="Tanh", on="output"), *(term.rule for term in trial.terms)]
+    trial.gm = fxreg.transform(trial.model, rules, emit=emit)
+    trial.step(SGD(trial.parameters(), lr=0.1))()
+    inner = trial.twin.model if emit == "loss" else trial.twin
+    hidden = inner[:2](*trial.inputs)
+    loss = trial.twin(*trial.inputs)["loss"] if emit == "loss" else loss_of(inner(*trial.inputs), trial.target)
+    gradients = by_hand(trial.twin, loss + 0.3 * hidden.square().sum(), trial.terms)
+    for name, parameter in trial.twin.named_parameters():
+        parameter.data -= 0.1 * gradients[name]
+    trial.assert_same()
+
+
 def test_what_has_no_gradient_is_left_alone() -> None:
     trial = Trial("mlp", [])
     trial.model.fc3.weight.requires_grad_(False)
