@@ -10,7 +10,8 @@ l1      l1(0.0001)  0.weight     8×4          32  penalty
 l1      l1(0.0001)  2.weight     1×8           8  penalty
 """
 
-from .arguments import Stream, Strength
+from .anchors import ewc, l2_sp
+from .arguments import Anchor, Stream, Strength
 from .constraining import constraint
 from .constraints import (
     box,
@@ -59,6 +60,7 @@ from .verifying import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "Anchor",
     "CaptureError",
     "FxregError",
     "MatchError",
@@ -80,6 +82,7 @@ __all__ = [
     "diff",
     "elastic_net",
     "entropy",
+    "ewc",
     "explain",
     "freeze",
     "gradient",
@@ -89,6 +92,7 @@ __all__ = [
     "l1_ball",
     "l2",
     "l2_ball",
+    "l2_sp",
     "limit_norm",
     "load_state_dict",
     "log_sum",

@@ -3,10 +3,11 @@
 import inspect
 import math
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .errors import RuleError
@@ -15,6 +16,40 @@ Strength: TypeAlias = Annotated[Tensor, "strength"]
 """Annotates a formula's own strength: given as a number, live as a 0-d tensor in `fxreg.strengths`."""
 Stream: TypeAlias = Annotated[Tensor, "stream"]
 """Annotates a formula's random stream, the int64 tensor `[key, step]`: one per parameter, advanced every forward."""
+Anchor: TypeAlias = Annotated[Any, "anchor"]
+"""Annotates a tensor that a formula has for each parameter, of its shape: given as a mapping of full parameter names to
+tensors, a `state_dict` say. Left out, where the default is None, it is a copy of the parameter as `transform` finds it.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class ByName:
+    """The tensors that an effect was given for its parameters, by full name."""
+
+    tensors: Mapping[str, Any]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ByName) or self.tensors.keys() != other.tensors.keys():
+            return False
+        return all(are_equal(value, other.tensors[name]) for name, value in self.tensors.items())
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.tensors))
+
+    def __repr__(self) -> str:
+        return f"<{len(self.tensors)} tensor{'s' * (len(self.tensors) != 1)} by name>"
+
+    def on_meta(self) -> "ByName":
+        """The same without any values: shapes and data types."""
+        return ByName({n: t.to("meta") if isinstance(t, Tensor) else t for n, t in self.tensors.items()})
+
+
+def are_equal(left: object, right: object) -> bool:
+    """Whether two arguments of an effect are the same; tensors on the meta device have no values to be equal."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        alike = left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+        return left is right or (alike and not left.is_meta and torch.equal(left, right))
+    return type(left) is type(right) and bool(left == right)
 
 
 @dataclass(frozen=True)
@@ -48,7 +83,12 @@ def read_arguments(function: Callable[..., Any], leading: int) -> Iterator[Argum
         if parameter.name in _RESERVED:
             raise RuleError(f"effect {effect!r}: the parameter name {parameter.name!r} is taken; rename it.")
         hint = hints.get(parameter.name, type(parameter.default))
-        yield Argument(parameter.name, _schema_of(effect, parameter.name, hint), parameter.default)
+        schema = _schema_of(effect, parameter.name, hint)
+        if schema == "anchor" and parameter.default not in (None, inspect.Parameter.empty):
+            raise RuleError(
+                f"effect {effect!r}: the default of {parameter.name!r} can only be None: the parameter's copy."
+            )
+        yield Argument(parameter.name, schema, parameter.default)
 
 
 def checked_strength(value: object, where: str) -> float:
@@ -81,7 +121,7 @@ _SCHEMAS: dict[Any, str] = {
 
 
 def _schema_of(effect: str, parameter: str, hint: Any) -> str:
-    if typing.get_origin(hint) is Annotated and hint.__metadata__[0] in ("strength", "stream"):
+    if typing.get_origin(hint) is Annotated and hint.__metadata__[0] in ("strength", "stream", "anchor"):
         kind: str = hint.__metadata__[0]
         if kind == "stream" and parameter != "stream":
             raise RuleError(f"effect {effect!r}: call its random stream 'stream', not {parameter!r}.")
@@ -90,11 +130,15 @@ def _schema_of(effect: str, parameter: str, hint: Any) -> str:
         return _SCHEMAS[hint]
     raise RuleError(
         f"effect {effect!r}, parameter {parameter!r}: an operator cannot take {hint!r}. Annotate it as one of float, "
-        "int, bool, str, Tensor, tuple[int, ...], int | tuple[int, ...], tuple[float, ...] or fxreg.Strength."
+        "int, bool, str, Tensor, tuple[int, ...], int | tuple[int, ...], tuple[float, ...], fxreg.Strength or "
+        "fxreg.Anchor."
     )
 
 
 def coerced(effect: str, argument: Argument, value: object) -> object:
+    """A value as an effect keeps it, or a RuleError."""
+    if argument.schema == "anchor":
+        return _by_name(effect, argument, value)
     match argument.schema, value:
         case ("Tensor", Tensor()) | ("bool", bool()) | ("str", str()):
             return value.detach() if isinstance(value, Tensor) else value
@@ -109,6 +153,17 @@ def coerced(effect: str, argument: Argument, value: object) -> object:
         case ("float[]", tuple() | list()) if all(map(_is_float, value)):
             return tuple(map(float, value))
     raise RuleError(f"{effect}({argument.name}=…): expected {argument.schema}, got {value!r}.")
+
+
+def _by_name(effect: str, argument: Argument, value: object) -> ByName | None:
+    if isinstance(value, Mapping):
+        return ByName(dict(value))
+    if isinstance(value, ByName) or (value is None and argument.default is None):
+        return value
+    raise RuleError(
+        f"{effect}({argument.name}=…): expected a mapping of full parameter names to tensors, such as a state_dict, "
+        f"got {value if value is None else type(value).__name__}."
+    )
 
 
 def _is_int(value: object) -> bool:

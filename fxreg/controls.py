@@ -12,7 +12,7 @@ from .effects import Effect, Penalty, strength_name
 from .errors import FxregError, RuleError
 from .module import State, emitted, state_of
 from .observing import observing
-from .planning import PenalizeActivation
+from .planning import LeaveToCompanion, Penalize, PenalizeActivation, PullBack
 from .snapshots import borrowed
 from .structure import fresh, map_tensors
 
@@ -152,7 +152,8 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
             add(edit.label, torch.zeros(()))
         elif isinstance(edit.effect.definition, Penalty):
             live = live_strengths(state, edit.label, edit.effect)
-            add(edit.label, edit.effect.definition.formula.value(parameters[edit.site], live, edit.effect.arguments))
+            value = edit.effect.definition.formula.value(parameters[edit.site], live, live_arguments(state, edit))
+            add(edit.label, value)
     if plan.activations:
         args = map_tensors(fresh, inputs)
         note = lambda edit, activation: add(edit.label, activation_value(state, edit, activation))  # noqa: E731
@@ -186,7 +187,8 @@ def activation_value(state: State, edit: PenalizeActivation, activation: Tensor)
 
 
 def state_dict(gm: nn.Module) -> dict[str, Tensor]:
-    """What fxreg itself must remember to resume training: strengths, random streams and the loss scale, as copies.
+    """What fxreg itself must remember to resume training, as copies: strengths, random streams, the loss scale, and the
+    tensors that effects have for each parameter.
 
     It is kept apart from the model's own state, whose keys stay the model's.
 
@@ -236,6 +238,8 @@ def _remembered(state: State) -> dict[str, Tensor]:
     found |= {f"strengths.{label}": state.get_buffer(buffer) for label, buffer in state.provenance.strengths.items()}
     for (label, site), buffer in state.provenance.streams.items():
         found[f"streams.{label}.{site}"] = state.get_buffer(buffer)
+    for place, buffer in state.provenance.anchors.items():
+        found[f"anchors.{'.'.join(place)}"] = state.get_buffer(buffer)
     return found
 
 
@@ -249,3 +253,10 @@ def live_strengths(state: State, label: str, effect: Effect) -> dict[str, Tensor
             state.get_buffer(buffers[public]) if public in buffers else torch.tensor(initial, dtype=torch.float64)
         )
     return found
+
+
+def live_arguments(state: State, edit: Penalize | PullBack | LeaveToCompanion) -> dict[str, Any]:
+    """An effect's named arguments for one parameter, with the tensors that it has for it."""
+    anchors = state.provenance.anchors
+    own = {name: (edit.label, name, edit.site) for name in edit.effect.definition.anchors}
+    return dict(edit.effect.arguments) | {name: state.get_buffer(anchors[place]) for name, place in own.items()}

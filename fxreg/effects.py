@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .arguments import Argument, checked_strength, coerced, read_arguments
+from .arguments import Argument, ByName, are_equal, checked_strength, coerced, read_arguments
 from .errors import RuleError
 from .fingerprints import fingerprint
 from .formulas import GradientFormula, PenaltyFormula, ProximalFormula
@@ -42,7 +42,7 @@ class Effect:
         """Whether the two say the same thing, however strongly."""
         if self.definition is not other.definition or self.arguments.keys() != other.arguments.keys():
             return False
-        return all(_equal(value, other.arguments[name]) for name, value in self.arguments.items())
+        return all(are_equal(value, other.arguments[name]) for name, value in self.arguments.items())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Effect) and self.strengths == other.strengths and self.same_but_strength(other)
@@ -60,18 +60,19 @@ class Effect:
         strengths = [
             f"{value:g}" if len(self.strengths) == 1 else f"{name}={value:g}" for name, value in self.strengths.items()
         ]
-        return f"{self.name}({', '.join(strengths + [f'{k}={_shown(v)}' for k, v in self.arguments.items()])})"
+        named = [f"{name}={_shown(value)}" for name, value in self.arguments.items() if value is not None]
+        return f"{self.name}({', '.join(strengths + named)})"
+
+    def without_tensors(self) -> "Effect":
+        """The same without the values of tensors that were given by name."""
+        if not any(isinstance(value, ByName) for value in self.arguments.values()):
+            return self
+        hollow = {name: v.on_meta() if isinstance(v, ByName) else v for name, v in self.arguments.items()}
+        return _effect(self.definition, dict(self.strengths), hollow)
 
 
 def _effect(definition: "Definition[Any]", strengths: dict[str, float], arguments: dict[str, Any]) -> Effect:
     return Effect(definition, types.MappingProxyType(strengths), types.MappingProxyType(arguments))
-
-
-def _equal(left: object, right: object) -> bool:
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        alike = left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
-        return left is right or (alike and not left.is_meta and torch.equal(left, right))
-    return type(left) is type(right) and left == right
 
 
 def _shown(value: object) -> str:
@@ -121,6 +122,11 @@ class Definition(Generic[P]):
     def has_stream(self) -> bool:
         return any(a.schema == "stream" for a in self.parameters)
 
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """The arguments that are a tensor for each parameter."""
+        return _anchors(self.parameters)
+
     def misfit(self, effect: Effect, shape: torch.Size, dtype: torch.dtype) -> str | None:
         """What goes wrong when the formula meets a parameter of this shape, whatever the strength.
 
@@ -128,7 +134,8 @@ class Definition(Generic[P]):
         """
         if any(isinstance(value, Tensor) for value in effect.arguments.values()):
             return self._try(effect, shape, dtype)
-        case = (*effect.arguments.items(), shape, dtype)
+        own = (item for item in effect.arguments.items() if item[0] not in self.anchors)
+        case = (*own, shape, dtype)
         if case not in self._misfits:
             self._misfits[case] = self._try(effect, shape, dtype)
         return self._misfits[case]
@@ -143,6 +150,10 @@ class Definition(Generic[P]):
 
     def _trial(self, weight: Tensor, effect: Effect) -> str | None:
         return None
+
+    def _trial_arguments(self, weight: Tensor, effect: Effect) -> dict[str, Any]:
+        own = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in effect.arguments.items()}
+        return own | dict.fromkeys(self.anchors, weight)
 
     def register(self) -> None:
         """Enter the registry, replacing an effect of the same name, and define the operators."""
@@ -179,7 +190,11 @@ class Definition(Generic[P]):
         """The operator's arguments: the leading tensors, the strengths and stream, then the named ones."""
         kinds = {"strength": "Tensor {}", "stream": "Tensor(a!) {}"}
         first = [kinds[a.schema].format(a.name) for a in self.parameters if a.schema in kinds]
-        named = [f"{a.schema} {a.name}" for a in self.parameters if a.schema not in kinds]
+        named = [
+            f"{'Tensor' if a.schema == 'anchor' else a.schema} {a.name}"
+            for a in self.parameters
+            if a.schema not in kinds
+        ]
         named += [tail] if tail else []
         return f"({', '.join([*leading, *first, *(['*'] if named else []), *named])}) -> Tensor"
 
@@ -193,6 +208,10 @@ class Definition(Generic[P]):
         return (_registered, (self.name, self.fingerprint))
 
 
+def _anchors(parameters: Iterable[Argument]) -> tuple[str, ...]:
+    return tuple(a.name for a in parameters if a.schema == "anchor")
+
+
 def _named(names: tuple[str, ...], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, tensors, strict=True))
 
@@ -200,10 +219,6 @@ def _named(names: tuple[str, ...], tensors: Iterable[Tensor]) -> dict[str, Tenso
 def _as_given(arguments: dict[str, Any]) -> dict[str, Any]:
     """An operator's arguments as its formula takes them: the dispatcher turns tuples into lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
-
-
-def _on_meta(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
 def _registered(name: str, fingerprint: str) -> Definition[Any]:
@@ -229,6 +244,7 @@ class Penalty(Definition[P]):
 
     def _read_parameters(self) -> Iterator[Argument]:
         parameters = list(super()._read_parameters())
+        self.formula = replace(self.formula, anchors=_anchors(parameters))
         if any(a.is_strength for a in parameters):
             self.formula = replace(self.formula, implicit=False)
         elif any(a.name == "strength" for a in parameters):
@@ -280,7 +296,7 @@ class Penalty(Definition[P]):
 
     def _trial(self, weight: Tensor, effect: Effect) -> str | None:
         strengths = {name: weight.new_ones((), dtype=torch.float64) for name in effect.strengths}
-        value = self.formula.value(weight, strengths, _on_meta(effect.arguments))
+        value = self.formula.value(weight, strengths, self._trial_arguments(weight, effect))
         return None if value.ndim == 0 else f"the penalty has shape {tuple(value.shape)}, and must be 0-d"
 
     def _define_operators(self) -> None:
@@ -325,6 +341,11 @@ class Gradient(Definition[P]):
         self.detach = detach
         super().__init__(function)
 
+    def _read_parameters(self) -> Iterator[Argument]:
+        parameters = list(super()._read_parameters())
+        self.formula = replace(self.formula, anchors=_anchors(parameters))
+        return iter(parameters)
+
     def _functions(self) -> tuple[Callable[..., Any], ...]:
         return (self.formula.function,)
 
@@ -332,7 +353,8 @@ class Gradient(Definition[P]):
         live = {name: weight.new_ones(()) for name in self.live_names}
         if self.has_stream:
             live["stream"] = weight.new_ones(2, dtype=torch.int64)
-        self.formula.transform(weight, weight, weight.new_ones(()), live, _on_meta(effect.arguments))
+        arguments = self._trial_arguments(weight, effect)
+        self.formula.transform(weight, weight, weight.new_ones(()), live, arguments)
         return None
 
     def _define_operators(self) -> None:
@@ -379,7 +401,7 @@ def penalty(function: Any = None, *, weight_decay: float | None = None) -> Any:
 
     Args:
         function: the formula, of the weight (any shape; float32 or wider) and of named parameters annotated float,
-            int, bool, str, Tensor or `int | tuple[int, ...]`.
+            int, bool, str, Tensor, `int | tuple[int, ...]`, or `fxreg.Anchor`: a tensor for each parameter.
         weight_decay: the d per unit of strength for which an optimizer's coupled `weight_decay=d` is exactly this.
 
     Raises:
@@ -411,7 +433,8 @@ def gradient(function: Any = None, *, detach: bool = False) -> Any:
 
     Args:
         function: the formula: `grad` and `weight` have the parameter's shape, in float32 or wider. A parameter
-            annotated `fxreg.Strength` is a live 0-d tensor, one annotated `fxreg.Stream` a random stream.
+            annotated `fxreg.Strength` is a live 0-d tensor, one annotated `fxreg.Stream` a random stream, and one
+            annotated `fxreg.Anchor` a tensor for each parameter.
         detach: cut the parameter off instead: its gradient is None, and the formula is never called.
 
     Raises:

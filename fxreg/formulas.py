@@ -19,11 +19,13 @@ class PenaltyFormula:
         function: R, or the penalty itself where the formula has strengths of its own.
         closed_form: dR/dw.
         implicit: whether one strength multiplies R from outside.
+        anchors: the arguments that are a tensor for each parameter.
     """
 
     function: Callable[..., Tensor]
     closed_form: Callable[..., Tensor] | None
     implicit: bool
+    anchors: tuple[str, ...] = ()
 
     def value(self, weight: Tensor, strengths: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tensor:
         """s·R(w) as a 0-d tensor: autocast off, 16-bit weights in float32."""
@@ -51,7 +53,7 @@ class PenaltyFormula:
             factor = live.pop("strength") if self.implicit else None
             if seed is not None:
                 factor = seed if factor is None else seed * factor
-            result = function(weight, **live, **arguments)
+            result = function(weight, **live, **_beside(weight, arguments, self.anchors))
             return (result if factor is None else factor * result).to(weight.dtype)
 
 
@@ -60,6 +62,7 @@ class GradientFormula:
     """f(grad, weight), and how the loss scale and the tensors around it enter."""
 
     function: Callable[..., Tensor]
+    anchors: tuple[str, ...] = ()
 
     def transform(
         self,
@@ -71,11 +74,11 @@ class GradientFormula:
     ) -> Tensor:
         """scale · f(grad / scale); with scale ≠ 1 a gradient that is not finite passes unchanged."""
         factor = scale.reshape(()).to(grad)
-        cast = {name: v.to(grad.device) for name, v in arguments.items() if isinstance(v, Tensor)}
+        cast = _beside(weight, arguments, self.anchors)
         for name, tensor in live.items():
             cast[name] = tensor.reshape(()).to(grad) if tensor.is_floating_point() else tensor.to(grad.device)
         with operators.without_autocast(grad.device):
-            result = self.function(grad / factor, weight, **{**arguments, **cast}) * factor
+            result = self.function(grad / factor, weight, **cast) * factor
             if result.shape != grad.shape:
                 raise RuleError(f"the new gradient has shape {tuple(result.shape)}, the old one {tuple(grad.shape)}")
             return torch.where((factor == 1) | grad.isfinite().all(), result, grad)
@@ -122,3 +125,25 @@ class ProximalFormula:
             if new.shape != old.shape:
                 raise RuleError(f"the new weight has shape {tuple(new.shape)}, the old one {tuple(old.shape)}")
         return found
+
+
+def _beside(weight: Tensor, arguments: Mapping[str, Any], anchors: tuple[str, ...]) -> dict[str, Any]:
+    """Arguments as a formula takes them: tensors on the weight's device, and its own ones also of its kind."""
+    found = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            found[name] = _alike(weight, value) if name in anchors else value.to(weight.device)
+    return found
+
+
+def _alike(weight: Tensor, own: Tensor) -> Tensor:
+    """A tensor of a parameter's own in its dtype, and sharded or whole as the parameter is just now."""
+    if hasattr(weight, "device_mesh") or hasattr(own, "device_mesh"):
+        from torch.distributed.tensor import DTensor, distribute_tensor  # takes a second to import
+
+        if isinstance(weight, DTensor) and not isinstance(own, DTensor):
+            # Every rank has all of it: none needs to hear from another.
+            own = distribute_tensor(own.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+        elif isinstance(own, DTensor) and not isinstance(weight, DTensor):
+            own = own.full_tensor()
+    return own.to(weight.device, weight.dtype)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import calls
+from .anchoring import anchor_of
 from .captured import Captured
 from .effects import Effect, Penalty, strength_name
 from .module import CHILD, Provenance, State, scalar_dtype
-from .planning import Emit, LeaveToCompanion, Penalize, PenalizeActivation, Plan
+from .planning import Emit, LeaveToCompanion, Penalize, PenalizeActivation, Plan, PullBack
 
 
 class Insertion:
@@ -42,13 +43,15 @@ class Insertion:
         self.strengths: dict[str, str] = first.strengths if first else {}
         self.streams: dict[tuple[str, str], str] = first.streams if first else {}
         self.arguments: dict[tuple[str, str], str] = first.arguments if first else {}
-        provenance = Provenance(plan, emit, False, self.nodes, self.strengths, self.streams, self.calls)
+        self.anchors: dict[tuple[str, str, str], str] = first.anchors if first else {}
+        provenance = Provenance(plan, emit, False, self.nodes, self.strengths, self.streams, self.anchors, self.calls)
         self.state: State = first.state if first else State(model, captured, provenance, self.device)
         if captured.assumed is not None:
             self._check_assumed(which)
         for edit in plan.edits:
             if not (isinstance(edit, LeaveToCompanion) and edit.via == "optimizer"):  # which keeps it in its groups
                 self.register(edit.label, edit.effect)
+        self._anchor()
 
     def _check_assumed(self, which: int) -> None:
         """Ask in the graph itself, too, for whoever runs it without the module's forward."""
@@ -72,6 +75,18 @@ class Insertion:
         for name, value in effect.arguments.items():
             if isinstance(value, Tensor) and (label, name) not in self.arguments:
                 self.arguments[label, name] = self.buffer(f"{label}.{name}", value.to(device))
+
+    def _anchor(self) -> None:
+        """Give every parameter the tensors of its own that effects have for it, as copies."""
+        edits = [e for e in self.plan.edits if isinstance(e, Penalize | PullBack) and e.effect.definition.anchors]
+        parameters = dict(self.model.named_parameters()) if edits else {}
+        for edit in edits:
+            parameter = parameters[edit.site]
+            for name in edit.effect.definition.anchors:
+                if (edit.label, name, edit.site) not in self.anchors:
+                    own = anchor_of(edit.effect.arguments[name], (edit.site, *edit.aliases), parameter)
+                    copy = own.detach().clone().to(self.device if parameter.is_meta else parameter.device)
+                    self.anchors[edit.label, name, edit.site] = self.buffer(f"{edit.label}.{edit.site}.{name}", copy)
 
     def buffer(self, name: str, value: Tensor) -> str:
         """Register a buffer under the name, or the nearest one that is free and an identifier."""
@@ -112,17 +127,21 @@ class Insertion:
         """Reads of an effect's strengths, in the order of its operator."""
         return [self.read(label, self.strengths[strength_name(label, effect, n)]) for n in effect.strengths]
 
-    def named(self, label: str, effect: Effect) -> dict[str, Any]:
-        return {
-            name: self.read(label, self.arguments[label, name]) if isinstance(value, Tensor) else value
-            for name, value in effect.arguments.items()
-        }
+    def named(self, edit: Penalize | PenalizeActivation | PullBack) -> dict[str, Any]:
+        """An effect's named arguments: reads of those that are tensors."""
+        found, label = dict(edit.effect.arguments), edit.label
+        for name, value in edit.effect.arguments.items():
+            if isinstance(value, Tensor):
+                found[name] = self.read(label, self.arguments[label, name])
+            elif name in edit.effect.definition.anchors:
+                found[name] = self.read(label, self.anchors[label, name, edit.site])
+        return found
 
     def formula(self, edit: Penalize | PenalizeActivation) -> tuple[Any, list[fx.Node], dict[str, Any]]:
         """A penalty's operator, strengths and named arguments."""
         definition = edit.effect.definition
         assert isinstance(definition, Penalty)
-        kwargs = self.named(edit.label, edit.effect)
+        kwargs = self.named(edit)
         if self.emit == "backward":
             kwargs["value"] = False
         return definition.operator, self.tensors(edit.label, edit.effect), kwargs

@@ -104,7 +104,7 @@ class _Lowering(Insertion):
                     buffer = self.streams[edit.label, site]
                     tensors = self._in_schema_order(definition, tensors, self.read(edit.label, buffer))
             name = "_".join(filter(None, (site, edit.label, suffix)))
-            kwargs = self.named(edit.label, edit.effect)
+            kwargs = self.named(edit)
             node = self.insert(edit.label, "call_function", target, (node, scale, *tensors), kwargs, name)
         return node
 

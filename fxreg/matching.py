@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .anchoring import check_anchors
 from .effects import Effect, strength_name
 from .errors import MatchError, RuleError
 from .kinds import Kind, kinds
@@ -51,6 +52,7 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
         if rule.on == "param":
             parameters = tuple(_selected(rule, label, sites, owned))
             _check_takes(label, rule.effect, parameters)
+            check_anchors(label, rule.effect, parameters, model)
             chosen = parameters
         else:
             chosen = tuple(_selected_activations(rule, label, find_activation_sites(model, found_kinds, rule)))

@@ -54,6 +54,7 @@ class Provenance:
         nodes: for every inserted node's name, the label of its rule ("" for what serves several).
         strengths: for every name in `fxreg.strengths`, its buffer.
         streams: for every (label, parameter) with a random stream, its buffer.
+        anchors: for every (label, argument, parameter) that is a tensor of the parameter's own, its buffer.
         calls: for the label of every rule on activations, the nodes of its penalties.
     """
 
@@ -63,6 +64,7 @@ class Provenance:
     nodes: Mapping[str, str]
     strengths: Mapping[str, str]
     streams: Mapping[tuple[str, str], str]
+    anchors: Mapping[tuple[str, str, str], str]
     calls: Mapping[str, Sequence[str]]
 
 
@@ -72,7 +74,7 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
 
 
 class State(nn.Module):
-    """The child `fxreg`: strengths, loss scale and streams as buffers that only ever move between devices.
+    """The child `fxreg`: strengths, loss scale, streams and anchors as buffers that only ever move between devices.
 
     Scalars have shape [1]: AOTAutograd takes 0-d float64 inputs on the CPU for symbolic numbers, and compiles twice.
     It keeps the original model, outside `_modules`, so that its parameters are not counted twice.
@@ -306,6 +308,11 @@ def stand_for(island: nn.Module, module: nn.Module) -> None:
 
 def mark_verified(state: State) -> None:
     state.provenance = replace(state.provenance, verified=True)
+
+
+def forget_given(state: State) -> None:
+    """Leave to the buffers alone what effects were given by name: the plan holds, and pickles, no second copy."""
+    state.provenance = replace(state.provenance, plan=state.provenance.plan.without_tensors())
 
 
 def _restored() -> RegularizedModule:

@@ -1,7 +1,7 @@
 """plan: matches → the edits to make, as frozen data that names parameters and holds no `fx.Node`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, assert_never
 
 import torch
@@ -106,6 +106,10 @@ class Plan:
             site: tuple(sorted(pulls, key=lambda pull: pull.effect.definition.default_via == "penalty"))
             for site, pulls in found.items()
         }
+
+    def without_tensors(self) -> "Plan":
+        """The same without the values of tensors that effects were given by name."""
+        return Plan(tuple(replace(edit, effect=edit.effect.without_tensors()) for edit in self.edits))
 
     def companions(self, via: Via) -> tuple[LeaveToCompanion, ...]:
         return tuple(e for e in self.edits if isinstance(e, LeaveToCompanion) and e.via == via)

@@ -17,7 +17,7 @@ from .exported import read_program
 from .islands import islands
 from .lowering import lower
 from .matching import match
-from .module import state_of
+from .module import forget_given, state_of
 from .planning import Emit, Plan, plan
 from .rules import Rule, checked_rules
 from .watching import watch
@@ -89,6 +89,7 @@ def transform(
         gm = verified(gm, model, example_inputs)
         state = state_of(gm)
         vars(state)["islands"] = islands(root, state.captured, example_inputs)
+    forget_given(state_of(gm))
     watch(gm)
     return gm
 

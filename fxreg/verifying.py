@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .capture import Examples, split_examples
-from .controls import activation_value, live_strengths
-from .effects import Effect, Gradient, Penalty
+from .controls import activation_value, live_arguments, live_strengths
+from .effects import Gradient, Penalty
 from .errors import VerifyError
 from .exported import ExportedModule
 from .module import RegularizedModule, State, emitted, state_of
 from .observing import observing
-from .planning import PullBack
+from .planning import Penalize, PullBack
 from .snapshots import borrowed, iterator_kept
 from .structure import fresh, likeness, map_tensors, tensors
 
@@ -252,7 +252,7 @@ def _with_rules(state: State, run: _Run, weight: float | None) -> dict[str, Tens
             result[site] = _pulled(state, pull, result[site], parameters[site])
     for edit in plan.penalties:
         if edit.site in result and weight is not None:
-            added = _penalty_gradient(state, edit.label, edit.effect, parameters[edit.site]) * weight
+            added = _penalty_gradient(state, edit, parameters[edit.site]) * weight
             result[edit.site] = _sum(result[edit.site], added)
     return result
 
@@ -266,7 +266,7 @@ def _pulled(state: State, pull: PullBack, grad: Tensor | None, weight: Tensor) -
     if grad is None:
         return None
     if isinstance(definition, Penalty):
-        added = _penalty_gradient(state, pull.label, pull.effect, weight)
+        added = _penalty_gradient(state, pull, weight)
         return grad + added * scale.to(added)
     assert isinstance(definition, Gradient)
     if definition.detach:
@@ -275,25 +275,27 @@ def _pulled(state: State, pull: PullBack, grad: Tensor | None, weight: Tensor) -
     if definition.has_stream:
         live["stream"] = state.get_buffer(state.provenance.streams[pull.label, pull.site])
     wide = torch.promote_types(grad.dtype, torch.float32)
-    pulled = definition.formula.transform(grad.to(wide), weight.detach().to(wide), scale, live, pull.effect.arguments)
+    arguments = live_arguments(state, pull)
+    pulled = definition.formula.transform(grad.to(wide), weight.detach().to(wide), scale, live, arguments)
     return pulled.to(grad.dtype)
 
 
-def _penalty_gradient(state: State, label: str, effect: Effect, weight: Tensor) -> Tensor:
+def _penalty_gradient(state: State, edit: Penalize | PullBack, weight: Tensor) -> Tensor:
     leaf = weight.detach().requires_grad_()
-    (found,) = torch.autograd.grad(_value(state, label, effect, leaf), leaf, allow_unused=True)
+    (found,) = torch.autograd.grad(_value(state, edit, leaf), leaf, allow_unused=True)
     return torch.zeros_like(weight) if found is None else found
 
 
-def _value(state: State, label: str, effect: Effect, weight: Tensor) -> Tensor:
-    assert isinstance(effect.definition, Penalty)
-    return effect.definition.formula.value(weight, live_strengths(state, label, effect), effect.arguments)
+def _value(state: State, edit: Penalize | PullBack, weight: Tensor) -> Tensor:
+    definition, live = edit.effect.definition, live_strengths(state, edit.label, edit.effect)
+    assert isinstance(definition, Penalty)
+    return definition.formula.value(weight, live, live_arguments(state, edit))
 
 
 def _objective(state: State, activations: Tensor | None) -> Tensor | None:
     """Σ s·R over every penalty node's parameter, by the formulas, and over activations."""
     parameters = dict(state.model.named_parameters())
-    terms = [_value(state, e.label, e.effect, parameters[e.site].detach()) for e in state.provenance.plan.penalties]
+    terms = [_value(state, e, parameters[e.site].detach()) for e in state.provenance.plan.penalties]
     terms += [] if activations is None else [activations]
     return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
 

@@ -39,15 +39,29 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def fitted(effect: Any, weight: Tensor) -> Any:
+    """The effect for a `Dot`: the tensors that it has for each parameter, repeated or cut to the weight's shape."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        repeats = -(-weight.numel() // tensor.numel())
+        return tensor.flatten().repeat(repeats)[: weight.numel()].reshape(weight.shape)
+
+    own = {
+        name: {"weight": cut(next(iter(effect.arguments[name].tensors.values())))} for name in effect.definition.anchors
+    }
+    return effect.definition(**effect.strengths, **(dict(effect.arguments) | own))
+
+
 def value(effect: Any, weight: Tensor) -> Tensor:
     """s·R(w)."""
+    effect = fitted(effect, weight)
     return fxreg.transform(Dot(weight), fxreg.Rule(effect), emit="output")(torch.zeros_like(weight))[1].detach()
 
 
 def gradient(effect: Any, weight: Tensor, grad: Tensor | None = None, via: Any = None, emit: Any = "backward") -> Any:
     """What training sees, where the loss alone gives `grad`: a tensor, or None where there is none."""
     model = Dot(weight)
-    output = fxreg.transform(model, fxreg.Rule(effect, via=via), emit=emit)(
+    output = fxreg.transform(model, fxreg.Rule(fitted(effect, weight), via=via), emit=emit)(
         torch.zeros_like(weight) if grad is None else grad
     )
     (output[0] + output[1] if emit == "output" else output).backward()
@@ -76,7 +90,7 @@ def mostly_slow(names: Iterable[str]) -> list[Any]:
 def test_values_are_differentiable_as_finite_differences_say(name: str) -> None:
     weight = random(4, 4, seed=5)
     weight = weight + 0.2 * weight.sign()  # away from the kinks
-    gm = fxreg.transform(Dot(random(4, 4)), fxreg.Rule(EXAMPLES[name].effect), emit="output")
+    gm = fxreg.transform(Dot(weight), fxreg.Rule(fitted(EXAMPLES[name].effect, weight)), emit="output")
 
     def at(w: Tensor) -> Tensor:
         result: Tensor = torch.func.functional_call(gm, {"weight": w}, (torch.zeros(4, 4),))[1]
@@ -176,7 +190,7 @@ SHAPES = [(), (0,), (1,), (0, 3), (3, 0), (1, 1), (2, 0, 3), (1, 4, 1, 1)]
 def _taken(effect: Any, shape: tuple[int, ...]) -> bool:
     """Whether an effect takes a parameter of that shape; if not, it says so."""
     try:
-        fxreg.explain(Dot(torch.zeros(shape)), fxreg.Rule(effect, label="mine"))
+        fxreg.explain(Dot(torch.zeros(shape)), fxreg.Rule(fitted(effect, torch.zeros(shape)), label="mine"))
     except (fxreg.RuleError, fxreg.MatchError) as error:
         refusal = str(error)
     else:

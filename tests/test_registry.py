@@ -56,6 +56,14 @@ def registry_pull(grad: Tensor, weight: Tensor, *, rate: fxreg.Strength, sign: b
     return grad - rate * (weight.sign() if sign else weight)
 
 
+@fxreg.gradient
+def registry_homing(
+    grad: Tensor, weight: Tensor, *, rate: fxreg.Strength, home: fxreg.Anchor, also: fxreg.Anchor = None
+) -> Tensor:
+    """A transform with tensors for each parameter."""
+    return grad + rate * (home - also)
+
+
 @dataclass(frozen=True)
 class Example:
     """An effect with arguments, and the same by hand: a penalty of w, or a transform of (g, w)."""
@@ -81,7 +89,20 @@ def _mcp(x: Tensor) -> Tensor:
     return 0.1 * x - x * x / 6 if x <= 0.3 else x.new_tensor(0.015)
 
 
+ANCHOR = torch.arange(-8.0, 8.0).reshape(4, 4) / 8
+FISHER = ANCHOR.square()
 MASK = torch.tensor([[True], [False], [True], [True]])
+
+
+def by_name(tensor: Tensor) -> dict[str, Tensor]:
+    """The same tensor for every weight of a `Net`."""
+    return {"first.weight": tensor, "second.weight": tensor}
+
+
+def _homed(g: Tensor) -> Tensor:
+    return g + 0.3 * (ANCHOR - FISHER)
+
+
 EXAMPLES = {
     "l1": Example(fxreg.l1(0.3), penalty=lambda w: 0.3 * w.abs().sum()),
     "l2": Example(fxreg.l2(0.3), penalty=lambda w: 0.3 * (w * w).sum()),
@@ -135,6 +156,12 @@ EXAMPLES = {
     "centralize": Example(fxreg.centralize(), transform=lambda g: g - g.sum(1, keepdim=True) / g.shape[1]),
     "zero_nans": Example(fxreg.zero_nans(), transform=lambda g: g),
     "add_noise": Example(fxreg.add_noise(0.3, seed=3)),  # by its distribution, in test_effects; here by eager mode
+    "l2_sp": Example(fxreg.l2_sp(0.3, by_name(ANCHOR)), penalty=lambda w: 0.3 * torch.dist(w, ANCHOR).square()),
+    "ewc": Example(
+        fxreg.ewc(0.3, by_name(FISHER), by_name(ANCHOR)),
+        penalty=lambda w: 0.3 * torch.dist(FISHER.sqrt() * w, FISHER.sqrt() * ANCHOR).square(),
+    ),
+    "registry_homing": Example(registry_homing(0.3, by_name(ANCHOR), by_name(FISHER)), transform=_homed),
     "registry_anchored": Example(
         registry_anchored(0.3, anchor=torch.tensor(0.25), dims=(0,)), penalty=lambda w: 0.3 * ((w - 0.25) ** 2).sum()
     ),
@@ -238,7 +265,7 @@ def test_every_built_in_effect_is_public_under_its_name_and_documented() -> None
 
 def test_public_names_are_what_they_say_and_not_the_modules_behind_them() -> None:
     for name in fxreg.__all__:
-        assert callable(getattr(fxreg, name)) or name in ("Strength", "Stream"), name
+        assert callable(getattr(fxreg, name)) or name in ("Anchor", "Strength", "Stream"), name
 
 
 QUICK = ("l1", "clip_norm")
