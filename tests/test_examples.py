@@ -1,4 +1,5 @@
-"""The examples that people read first do what they say: examples/quickstart.py, and the README's, output included.
+"""The examples that people read first do what they say: those in examples/, shortened, and the README's, output
+included.
 
 `python -m tests.test_examples` writes the outputs of the README's examples into it.
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import quickstart
+from examples import filters, quickstart, sparse_features
 
 README = Path(__file__).parents[1] / "README.md"
 _EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -80,6 +81,45 @@ def test_quickstart_compiles_once_through_its_strength_schedule() -> None:
     assert history[-1].loss < 0.2 * history[0].loss
     assert history[-1].accuracy > 0.9
     assert history[-1].sparsity > 0.3
+
+
+@pytest.mark.slow
+def test_filters_of_zeros_are_counted_and_cut_out_without_a_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    filters.main(["--epochs", "10", "--strength", "0.03", "--no-compile"])
+    printed = capsys.readouterr().out
+    found = re.search(r"^group lasso +(\d+) of 16 +(\d+) of 32 +6,042 +(\S+)%$", printed, re.MULTILINE)
+    cut = re.search(r"^filters of zeros cut out +(\d+) of 16 +(\d+) of 32 +([\d,]+) +(\S+)%$", printed, re.MULTILINE)
+    assert found
+    assert cut
+    assert re.search(r"^without rules +16 of 16 +32 of 32 +6,042 +[89]\d\.\d%$", printed, re.MULTILINE)
+    first, second = int(cut[1]), int(cut[2])
+    assert found.groups()[:2] == cut.groups()[:2]
+    assert 0 < first < 16
+    assert 0 < second < 32
+    assert cut[3] == f"{9 * first + 9 * first * second + 40 * second + 10:,}"
+    assert found[3] == cut[4]
+    assert float(cut[4]) > 70
+    difference = re.search(r"outputs differ by (\S+)\.$", printed, re.MULTILINE)
+    assert difference
+    assert float(difference[1]) < 1e-4
+
+
+def test_a_network_without_any_filter_left_is_cut_too() -> None:
+    model = filters.CNN()
+    for conv in (model.conv1, model.conv2):
+        torch.nn.init.zeros_(conv.weight)
+    images = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(filters.cut(model)(images), model(images))
+
+
+def test_the_features_that_are_chosen_are_those_of_lasso(capsys: pytest.CaptureFixture[str]) -> None:
+    sparse_features.main(["--steps", "300"])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^ +(\d+) +(\d+) +(\d+) +(yes|no) +(\S+) +(\S+)%$", printed, re.MULTILINE)
+    assert [(int(row[0]), row[3]) for row in rows] == [(20, "yes"), (10, "yes"), (5, "yes"), (2, "yes"), (1, "yes")]
+    assert all(row[1] == row[2] for row in rows)
+    assert float(rows[0][4]) < 1e-6
+    assert re.search(r"^The features at 5: sex, bmi, ", printed, re.MULTILINE)
 
 
 if __name__ == "__main__":
