@@ -1,5 +1,6 @@
 """train_step: forward, backward, penalties and update as one compiled graph."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeAlias
@@ -36,8 +37,8 @@ def train_step(
         optimizer.step()
 
     Parameters and the optimizer's state are changed in place, so that checkpoints, learning-rate schedulers and the
-    ordinary loop go on from there, and back. Strengths and learning rates are read at every step and compile nothing
-    anew; other options of the optimizer may. `.grad` is neither read nor written.
+    ordinary loop go on from there, and back. Strengths and the optimizer's numbers are read at every step, and new ones
+    compile nothing anew. `.grad` is neither read nor written.
 
     The gradient of a penalty is taken by itself, in closed form where it has one, and added to the loss's behind all
     transforms. With `emit="output"` the step adds the penalty to the loss, and `loss_fn` is given the output alone;
@@ -84,12 +85,14 @@ class TrainStep:
         self.gm, self.loss_fn, self.optimizer = gm, loss_fn, optimizer
         self._update = update_of(optimizer)
         _refuse_strangers(gm, optimizer)
-        self._rates: dict[int, Tensor] = {}
+        self._numbers: dict[int, tuple[Tensor, dict[str, float | None]]] = {}
         self._zeros: dict[torch.device, Tensor] = {}
         self._spare: dict[Tensor, dict[str, Tensor]] = {}
         self._terms = separable_terms(gm)
         whole = WholeStep(gm, loss_fn, state_of(gm).provenance.emit, self._terms, self._update.formula)
-        self._compiled = torch.compile(whole.run, fullgraph=True, **options)
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            options["isolate_recompiles"] = True  # the graphs of other steps are none of this one's
+        self._compiled: Callable[..., Any] = torch.compile(whole.run, fullgraph=True, **options)
         self._groups()  # what it refuses, it refuses at once
 
     def __call__(self, inputs: Any, *targets: Any) -> Tensor:
@@ -97,11 +100,11 @@ class TrainStep:
         args, kwargs = split_examples((inputs,) if isinstance(inputs, Tensor) else inputs)
         groups = self._groups()
         live = [term.live(self.gm) for term in self._terms or ()]
-
         told = ExitStack()
 
         def step(optimizer: torch.optim.Optimizer) -> Tensor:
             with torch._dynamo.config.patch(trace_autograd_ops=True):
+                loss: Tensor
                 loss, moved = self._compiled(args, kwargs, targets, self._zero(), live, groups)
             told.enter_context(moving(optimizer, self._kept(groups, moved)))
             vars(optimizer)["_opt_called"] = True  # a scheduler asks for it before it warns
@@ -110,8 +113,8 @@ class TrainStep:
         hooked: Any = torch_optimizer.Optimizer.profile_hook_step(step)  # calls the hooks, as the optimizer's own does
         try:
             with told:
-                loss: Tensor = hooked(self.optimizer)
-                return loss
+                result: Tensor = hooked(self.optimizer)
+                return result
         except torch._dynamo.exc.TorchDynamoException as error:
             raise FxregError(
                 "train_step: the model, the loss and the update must compile as one graph, and do not. Mend what "
@@ -121,26 +124,26 @@ class TrainStep:
     def _groups(self) -> list[Group]:
         """The optimizer as it is now: options may have been changed, and states loaded."""
         _refuse_unseen(self.gm, self.optimizer)
-        return [
-            (
-                self._rate(number, group),
-                self._update.read(group, number),
-                [self._job(parameter, group) for parameter in group["params"] if parameter.requires_grad],
-            )
-            for number, group in enumerate(self.optimizer.param_groups)
-        ]
+        found = []
+        for place, group in enumerate(self.optimizer.param_groups):
+            numbers = self._update.numbers(group)
+            trainable = [parameter for parameter in group["params"] if parameter.requires_grad]
+            jobs = [self._job(parameter, group) for parameter in trainable]
+            found.append((tuple(numbers), self._written(place, numbers, group["params"]), jobs))
+        return found
 
     def _job(self, parameter: Tensor, group: Mapping[str, Any]) -> Job:
+        switches, names = self._update.switches(group), self._update.names(group)
         state = self.optimizer.state.get(parameter, {})
-        names = self._update.names(group)
         new = [name for name in names if state.get(name) is None]
         if new:
             spare = self._spare.get(parameter)
             if spare is None or spare.keys() != set(names) or spare[names[-1]].device != parameter.device:
                 spare = self._spare[parameter] = self._update.prepared(parameter, group)
             state = {**state, **{name: spare[name] for name in new}}
-        # Said only where the formula asks: the graph of a step with a new state serves no other step.
-        return parameter, {name: state[name] for name in names}, bool(new and group.get("dampening"))
+        if switches.get("dampening"):  # else nothing asks, and the first graph is that of all steps
+            switches["new"] = bool(new)
+        return parameter, {name: state[name] for name in names}, switches
 
     def _kept(self, groups: list[Group], moved: tuple[bool, ...]) -> set[Tensor]:
         """The parameters that moved; the new states of theirs are the optimizer's, as it would have made them."""
@@ -151,16 +154,22 @@ class TrainStep:
                 self.optimizer.state[parameter].update(state)
         return set(found)
 
-    def _rate(self, number: int, group: Mapping[str, Any]) -> Tensor:
-        """The learning rate as a tensor: a number would be a constant of the graph."""
-        value, devices = group["lr"], {parameter.device for parameter in group["params"]}
+    def _written(self, place: int, numbers: Mapping[str, float | Tensor], parameters: list[Tensor]) -> Tensor:
+        """The numbers of a group as one tensor: by themselves they would be constants of the graph."""
+        devices = {parameter.device for parameter in parameters}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
-        if number not in self._rates or self._rates[number].device != device:
-            # Of shape [1], as strengths are: see `State`.
-            self._rates[number] = torch.zeros(1, dtype=scalar_dtype(device), device=device)
-        with torch.no_grad():
-            rate = self._rates[number]
-            return rate.copy_(value.reshape(1)) if isinstance(value, Tensor) else rate.fill_(value)
+        tensor, last = self._numbers.get(place, (None, {}))
+        if tensor is None or tensor.device != device:
+            tensor, last = torch.zeros(len(numbers), dtype=scalar_dtype(device), device=device), {}
+        for k, (name, number) in enumerate(numbers.items()):
+            if isinstance(number, Tensor):
+                tensor[k].copy_(number.detach().reshape(()))
+                last[name] = None
+            elif last.get(name) != number:
+                tensor[k].fill_(number)
+                last[name] = number
+        self._numbers[place] = tensor, last
+        return tensor
 
     def _zero(self) -> Tensor:
         device = state_of(self.gm).loss_scale.device

@@ -25,103 +25,99 @@ class Update:
     """One class of optimizer.
 
     Attributes:
-        formula: (parameter, gradient, state, learning rate, whether the state is new, **options) → nothing; changes the
-            parameter and its state in place.
-        names: what the state of a parameter of a group has.
+        formula: (parameter, gradient, state, numbers, switches) → nothing; changes the parameter and its state in
+            place. `numbers` are 0-d float64 tensors by name, `switches` constants of the graph.
+        numbers: a group → what of it can change from step to step without a new graph.
+        switches: a group → what decides which formula it is.
+        names: a group → the names in the state of each of its parameters.
         prepared: (parameter, its group) → the state that the optimizer gives a parameter at first.
-        options: what the formula reads from the group, beside the learning rate.
     """
 
-    formula: Callable[..., None]
+    formula: Callable[[Tensor, Tensor, State, dict[str, Tensor], dict[str, bool]], None]
+    numbers: Callable[[Mapping[str, Any]], dict[str, float | Tensor]]
+    switches: Callable[[Mapping[str, Any]], dict[str, bool]]
     names: Callable[[Mapping[str, Any]], tuple[str, ...]]
     prepared: Callable[[Tensor, Mapping[str, Any]], State]
-    options: tuple[str, ...]
-
-    def read(self, group: Mapping[str, Any], number: int) -> dict[str, Any]:
-        """The options of one group, as constants of the graph.
-
-        Raises:
-            FxregError: one that the formula does not have.
-        """
-        where = f"train_step: param_groups[{number}]"
-        if group["differentiable"]:
-            raise FxregError(
-                f"{where} has differentiable=True, and a compiled step is not differentiated. Leave it out, or use the "
-                "ordinary loop."
-            )
-        found = {name: group[name] for name in self.options}
-        for name, value in found.items():
-            if any(isinstance(part, Tensor) for part in (value if isinstance(value, tuple) else (value,))):
-                raise FxregError(f"{where}[{name!r}] is a tensor; only lr may be one. Make it a number.")
-        return found
 
 
-def _sgd(
-    parameter: Tensor,
-    grad: Tensor,
-    state: State,
-    rate: Tensor,
-    is_new: bool,
-    *,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-) -> None:
-    weight, grad, rate = _wide(parameter, grad, rate)
-    grad = -grad if maximize else grad
-    if weight_decay != 0:
-        grad = grad - (-weight_decay) * weight
-    if momentum != 0:
-        buffer = state["momentum_buffer"]
-        velocity = grad if is_new and dampening != 0 else momentum * buffer.to(grad) - (dampening - 1) * grad
+def _sgd(parameter: Tensor, grad: Tensor, state: State, numbers: dict[str, Tensor], switches: dict[str, bool]) -> None:
+    weight, grad, given = _wide(parameter, grad, numbers)
+    grad = -grad if switches["maximize"] else grad
+    if switches["weight_decay"]:
+        grad = grad - (-given["weight_decay"]) * weight
+    if switches["momentum"]:
+        buffer, momentum = state["momentum_buffer"], given["momentum"]
+        is_first = switches["dampening"] and switches["new"]
+        velocity = grad if is_first else momentum * buffer.to(grad) - (given["dampening"] - 1) * grad
         buffer.copy_(velocity)
-        grad = grad - (-momentum) * velocity if nesterov else velocity
-    parameter.copy_(weight - rate * grad)
+        grad = grad - (-momentum) * velocity if switches["nesterov"] else velocity
+    parameter.copy_(weight - given["lr"] * grad)
+
+
+def _sgd_numbers(group: Mapping[str, Any]) -> dict[str, float | Tensor]:
+    return {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay")}
+
+
+def _sgd_switches(group: Mapping[str, Any]) -> dict[str, bool]:
+    on = {name: _is_on(group[name]) for name in ("momentum", "dampening", "weight_decay")}
+    return {**on, "nesterov": group["nesterov"], "maximize": group["maximize"]}
 
 
 def _sgd_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("momentum_buffer",) if group["momentum"] != 0 else ()
+    return ("momentum_buffer",) if _is_on(group["momentum"]) else ()
 
 
 def _sgd_prepared(parameter: Tensor, group: Mapping[str, Any]) -> State:
-    # A buffer of zeros is as good as none: 0·m + g is the first gradient.
+    # A buffer of zeros is as good as none: m·0 + g is the first gradient.
     return {name: torch.zeros_like(parameter) for name in _sgd_names(group)}
 
 
-def _adam(
-    parameter: Tensor,
-    grad: Tensor,
-    state: State,
-    rate: Tensor,
-    is_new: bool,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
-    decoupled_weight_decay: bool,
-) -> None:
-    count = state["step"].to(rate.dtype) + 1  # in the rate's float64: 1 - 0.999 has few digits in float32
-    size, root = rate / (1 - betas[0] ** count), (1 - betas[1] ** count).sqrt()
-    weight, grad, decay, size, root = _wide(parameter, grad, 1 - rate * weight_decay, size, root)
-    grad = -grad if maximize else grad
-    if weight_decay != 0 and decoupled_weight_decay:
-        weight = weight * decay
-    elif weight_decay != 0:
-        grad = grad - (-weight_decay) * weight
+def _adam(parameter: Tensor, grad: Tensor, state: State, numbers: dict[str, Tensor], switches: dict[str, bool]) -> None:
+    # Corrections in float64: of 1 - 0.999, float32 has few digits.
+    count, beta1, beta2 = state["step"].to(numbers["lr"]) + 1, numbers["beta1"], numbers["beta2"]
+    weight, grad, given = _wide(
+        parameter,
+        grad,
+        {
+            **numbers,
+            "size": numbers["lr"] / (1 - beta1**count),
+            "root": (1 - beta2**count).sqrt(),
+            "rest1": 1 - beta1,
+            "rest2": 1 - beta2,
+            "kept": 1 - numbers["lr"] * numbers["weight_decay"],
+        },
+    )
+    grad = -grad if switches["maximize"] else grad
+    if switches["weight_decay"] and switches["decoupled_weight_decay"]:
+        weight = weight * given["kept"]
+    elif switches["weight_decay"]:
+        grad = grad - (-given["weight_decay"]) * weight
     mean, square = state["exp_avg"].to(grad), state["exp_avg_sq"].to(grad)
-    mean = mean + (1 - betas[0]) * (grad - mean)
-    square = betas[1] * square + (1 - betas[1]) * grad * grad
+    mean = mean + given["rest1"] * (grad - mean)
+    square = given["beta2"] * square + given["rest2"] * grad * grad
     state["step"].copy_(count)
     state["exp_avg"].copy_(mean)
     state["exp_avg_sq"].copy_(square)
-    if amsgrad:
+    if switches["amsgrad"]:
         square = torch.maximum(state["max_exp_avg_sq"].to(grad), square)
         state["max_exp_avg_sq"].copy_(square)
-    parameter.copy_(weight - size * (mean / (square.sqrt() / root + eps)))
+    parameter.copy_(weight - given["size"] * (mean / (square.sqrt() / given["root"] + given["eps"])))
+
+
+def _adam_numbers(group: Mapping[str, Any]) -> dict[str, float | Tensor]:
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": group["lr"],
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+    }
+
+
+def _adam_switches(group: Mapping[str, Any]) -> dict[str, bool]:
+    given = {name: group[name] for name in ("amsgrad", "maximize", "decoupled_weight_decay")}
+    return {**given, "weight_decay": _is_on(group["weight_decay"])}
 
 
 def _adam_names(group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -136,26 +132,24 @@ def _adam_prepared(parameter: Tensor, group: Mapping[str, Any]) -> State:
     return {**averages, "step": torch.zeros((), dtype=dtype, device=device)}
 
 
-def _wide(parameter: Tensor, grad: Tensor, *scalars: Tensor) -> tuple[Tensor, ...]:
+def _is_on(number: float | Tensor) -> bool:
+    """Whether the formula needs a number; a tensor is not looked at, which could wait for its device."""
+    return isinstance(number, Tensor) or number != 0
+
+
+def _wide(parameter: Tensor, grad: Tensor, numbers: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """All of them in the dtype to compute in: 16-bit parameters are updated in float32."""
     wide = accumulation_dtype(parameter.dtype)
-    return parameter.to(wide), grad.to(wide), *(scalar.to(wide) for scalar in scalars)
+    return parameter.to(wide), grad.to(wide), {name: number.to(wide) for name, number in numbers.items()}
 
 
-_ADAM = Update(
-    _adam,
-    _adam_names,
-    _adam_prepared,
-    ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
-)
+_ADAM = Update(_adam, _adam_numbers, _adam_switches, _adam_names, _adam_prepared)
 _UPDATES: dict[type, Update] = {
-    torch.optim.SGD: Update(
-        _sgd, _sgd_names, _sgd_prepared, ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    ),
+    torch.optim.SGD: Update(_sgd, _sgd_numbers, _sgd_switches, _sgd_names, _sgd_prepared),
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
 }
-"""By class and not by subclass, whose step may be another."""
+"""By class, and not for a subclass, whose step may be another."""
 
 
 _moving: "WeakKeyDictionary[torch.optim.Optimizer, set[Tensor]]" = WeakKeyDictionary()
@@ -180,7 +174,7 @@ def update_of(optimizer: torch.optim.Optimizer) -> Update:
     """The formula of an optimizer.
 
     Raises:
-        FxregError: an optimizer of another class, or one whose `step` was replaced.
+        FxregError: an optimizer of another class, one to be differentiated, or one whose `step` was replaced.
     """
     kind = type(optimizer)
     if kind not in _UPDATES:
@@ -194,5 +188,10 @@ def update_of(optimizer: torch.optim.Optimizer) -> Update:
         raise FxregError(
             f"train_step: the step of this {kind.__name__} was replaced by {step!r}, which a compiled step would not "
             "call. Use the ordinary loop."
+        )
+    if any(group["differentiable"] for group in optimizer.param_groups):
+        raise FxregError(
+            f"train_step: this {kind.__name__} has differentiable=True, and a compiled step is not differentiated. "
+            "Leave it out, or use the ordinary loop."
         )
     return _UPDATES[kind]

@@ -14,11 +14,11 @@ from .errors import FxregError
 from .module import RegularizedModule, state_of
 from .planning import Emit, Penalize
 
-Job: TypeAlias = tuple[Tensor, dict[str, Tensor], bool]
-"""A parameter, the optimizer's state for it, and whether the state is new."""
+Job: TypeAlias = tuple[Tensor, dict[str, Tensor], dict[str, bool]]
+"""A parameter, the optimizer's state for it, and what decides its formula."""
 
-Group: TypeAlias = tuple[Tensor, dict[str, Any], list[Job]]
-"""A learning rate, the other options, and the parameters they are for."""
+Group: TypeAlias = tuple[tuple[str, ...], Tensor, list[Job]]
+"""The names of numbers, the numbers, and the parameters that they are for."""
 
 Live: TypeAlias = tuple[list[Tensor], dict[str, Tensor]]
 """The tensors of a penalty, by position and by name."""
@@ -100,11 +100,12 @@ class WholeStep:
                 gradients = self._with_penalties(found, parameters, live, factor)
         remaining = iter(gradients)
         with torch.no_grad(), operators.without_autocast(loss.device):
-            for rate, options, jobs in groups:
-                for parameter, state, is_new in jobs:
+            for names, numbers, jobs in groups:
+                named = dict(zip(names, numbers.unbind(), strict=True))
+                for parameter, state, switches in jobs:
                     gradient = next(remaining)
                     if gradient is not None:
-                        self.update(parameter, gradient, state, rate.reshape(()), is_new, **options)
+                        self.update(parameter, gradient, state, named, switches)
         return loss.detach(), tuple(gradient is not None for gradient in gradients)
 
     def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: tuple[Any, ...], zero: Tensor) -> Tensor:
