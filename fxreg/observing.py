@@ -40,13 +40,13 @@ def observing(model: nn.Module, edits: Sequence[PenalizeActivation], note: Note)
             if threading.get_ident() != thread:
                 return original(module, *args, **kwargs)
             here = on_modules[sites[id(module)]] if id(module) in sites else []
-            _tell([edit for edit in here if edit.on == "input"], (args, kwargs), model, note)
+            _tell([edit for edit in here if edit.on == "input"], (args, kwargs), note)
             stack.append(module)
             try:
                 result = original(module, *args, **kwargs)
             finally:
                 stack.pop()
-            _tell([edit for edit in here if edit.on == "output"], result, model, note)
+            _tell([edit for edit in here if edit.on == "output"], result, note)
             return result
 
         on_calls = [edit for edit in edits if edit.op is not None]
@@ -79,17 +79,18 @@ class _Calls(TorchFunctionMode):
         path = self._sites.get(id(self._stack[-1]), ...)
         kind, target, given, named = as_node(function, name_of(function), args, kwargs)
         here = [edit for edit in self._edits if path in edit.sites and is_call_of(edit.op, kind, target)]
-        _tell([edit for edit in here if edit.on == "input"], (given, named), self._model, self._note)
+        if takes := [edit for edit in here if edit.on == "input"]:
+            kept = {id(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())}
+            _tell(takes, [one for one in tensors((given, named)) if id(one) not in kept], self._note)
         result = function(*args, **kwargs)
-        _tell([edit for edit in here if edit.on == "output"], result, self._model, self._note)
+        _tell([edit for edit in here if edit.on == "output"], result, self._note)
         return result
 
 
-def _tell(edits: Sequence[PenalizeActivation], values: Any, model: nn.Module, note: Note) -> None:
+def _tell(edits: Sequence[PenalizeActivation], values: Any, note: Note) -> None:
     if not edits:
         return
     with torch._C.DisableTorchFunction():  # what is done here is none of the model's
-        kept = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        found = {id(one): one for one in tensors(values) if one.is_floating_point() and id(one) not in kept}
+        found = {id(one): one for one in tensors(values) if one.is_floating_point()}
         for edit, tensor in itertools.product(edits, found.values()):
             note(edit, tensor.clone())

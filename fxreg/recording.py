@@ -295,8 +295,8 @@ class Recorder:
             return
         try:
             with torch._C.DisableTorchFunction():
-                found = [one for one in tensors(values) if not self.writer.is_kept_tensor(one)]
-                self.writer.call(calls.passes, tuple(map(self.writer.argument, found)), path, on)
+                found = {id(one): one for one in tensors(values)}
+                self.writer.call(calls.passes, tuple(map(self.writer.argument, found.values())), path, on)
         except (Unrecordable, CaptureError) as failure:
             self.give_up(str(failure))
 

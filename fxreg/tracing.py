@@ -229,7 +229,7 @@ class SoundTracer(fx.Tracer):
     def mark(self, values: Any, path: str, on: str) -> None:
         """Say in the graph that activations of a module pass here."""
         found = {proxy.node: proxy for proxy in proxies_in(values)}
-        self.call(passes, tuple(proxy for node, proxy in found.items() if node.op != "get_attr"), path, on)
+        self.call(passes, tuple(found.values()), path, on)
 
     def _called_at(
         self, path: str, module: nn.Module, reach: Snapshot | None, run: Callable[..., Any], args: Any, kwargs: Any

@@ -664,3 +664,19 @@ def test_verify_rejects_a_graph_with_another_penalty(fake: Callable[[Tensor], Te
     gm.recompile()
     with pytest.raises(fxreg.VerifyError, match="gradient of"):
         fxreg.verify(gm, model, (x,))
+
+
+def test_a_parameter_that_a_layer_is_given_is_its_input() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Parameter(torch.randn(4, 3)), nn.LayerNorm(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.norm(self.table).T
+
+    model, x = Normed(), torch.randn(5, 3)
+    rule = fxreg.Rule(fxreg.l1(S), name="norm", on="input")
+    for examples in (None, (x,)):
+        gm = fxreg.transform(model, rule, example_inputs=examples)
+        assert_same(trained(gm, model, x), expected(model, x, {"norm"}.__contains__, "input"), 1e-5)

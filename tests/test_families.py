@@ -1,9 +1,12 @@
 """Real models: a part of the zoo, with every kind of model in it; docs/coverage.md has it for all of the zoo."""
 
 import contextvars
+import re
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fxreg
@@ -54,6 +57,45 @@ def test_a_real_model_trains_on_the_hand_written_loss(name: str) -> None:
     assert len(seen_layers(gm) & layers) >= VISIBLE.get(name, 0.85) * len(layers)
     if islands := fxreg.explain(gm).islands:
         assert_unchanged_by(islands, model, model, examples)
+
+
+ACTIVATIONS = ("bert", "deberta_v2", "llava", "resnet")
+"""Whose activations stand in one graph, or in what runs as it is."""
+
+
+def _total(values: Any) -> Tensor:
+    return sum(
+        (one.clone().float().square().sum() for one in all_tensors(values) if one.is_floating_point()), torch.zeros(())
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_real_model_trains_with_penalties_on_its_activations(name: str) -> None:
+    (model, examples), (twin, _) = ZOO[name].make(), ZOO[name].make()
+    rules = [
+        fxreg.Rule(fxreg.l2(0.01), layer=("Linear", "Conv2d"), on="output"),
+        fxreg.Rule(fxreg.l2(0.02), layer=("LayerNorm", "BatchNorm2d"), on="input"),
+        fxreg.Rule(fxreg.l2(0.03), name=r"re:.*(layers?|blocks?)\.\d+", on="output"),
+    ]
+    gm = fxreg.transform(model, rules, example_inputs=examples)
+    terms: list[Tensor] = []
+    for path, module in twin.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_hook(lambda m, args, out: terms.append(0.01 * _total(out)))
+        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda m, args: terms.append(0.02 * _total(args)))
+        if re.fullmatch(r".*(layers?|blocks?)\.\d+", path):
+            module.register_forward_hook(lambda m, args, out: terms.append(0.03 * _total(out)))
+    for one in (twin, gm):
+        torch.manual_seed(0)
+        output = contextvars.copy_context().run(one, **examples)
+        loss = _total([value for value in all_tensors(output) if value.requires_grad])
+        (loss + sum(terms) if one is twin else loss).backward()
+    for (path, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None), path
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)
 
 
 def _breaks(module: torch.nn.Module, examples: Inputs) -> int:
