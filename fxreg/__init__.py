@@ -10,6 +10,7 @@ l1      l1(0.0001)  0.weight     8×4          32  penalty
 l1      l1(0.0001)  2.weight     1×8           8  penalty
 """
 
+from .activations import decorrelation, kl_sparsity, variance
 from .anchors import ewc, l2_sp
 from .arguments import Anchor, Stream, Strength
 from .constraining import constraint
@@ -79,6 +80,7 @@ __all__ = [
     "clip_norm",
     "clip_value",
     "constraint",
+    "decorrelation",
     "diff",
     "elastic_net",
     "entropy",
@@ -88,6 +90,7 @@ __all__ = [
     "gradient",
     "group_lasso",
     "hoyer",
+    "kl_sparsity",
     "l1",
     "l1_ball",
     "l2",
@@ -126,6 +129,7 @@ __all__ = [
     "transform",
     "trust_ratio",
     "unit_norm",
+    "variance",
     "verify",
     "weight_decay",
     "zero_nans",

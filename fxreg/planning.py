@@ -119,7 +119,9 @@ class Plan:
             return "no rules act on this model"
         header = ("rule", "effect", "parameter", "shape", "size", "lowering", "notes")
         align = ("left", "left", "left", "left", "right", "left", "left")
-        return tabulate([_row(edit) for edit in self.edits], header, disable_numparse=True, colalign=align)
+        return tabulate(
+            [_row(edit, bool(self.activations)) for edit in self.edits], header, disable_numparse=True, colalign=align
+        )
 
 
 def plan(matches: tuple[Match, ...]) -> Plan:
@@ -150,7 +152,7 @@ def _edits(matches: tuple[Match, ...]) -> Iterator[Edit]:
                     assert_never(unknown)
 
 
-def _row(edit: Edit) -> tuple[str, ...]:
+def _row(edit: Edit, with_activations: bool) -> tuple[str, ...]:
     notes = [f"also {', '.join(edit.aliases)}"] if edit.aliases else []
     match edit:
         case PenalizeActivation():
@@ -163,6 +165,8 @@ def _row(edit: Edit) -> tuple[str, ...]:
             lowering = "gradient"
             if edit.effect.definition.default_via == "penalty":
                 notes.append("only where the backward pass reaches it")
+            elif with_activations:
+                notes.append("acts on the gradients of penalties on activations, too")
             notes += [] if edit.trainable else ["frozen: has no gradient to act on"]
         case LeaveToCompanion():
             lowering = edit.via

@@ -89,6 +89,11 @@ def _mcp(x: Tensor) -> Tensor:
     return 0.1 * x - x * x / 6 if x <= 0.3 else x.new_tensor(0.015)
 
 
+def _means(w: Tensor) -> Tensor:
+    """Of columns, between 0 and 1."""
+    return w.clamp(0, 1).mean(0).clamp(2**-20, 1 - 2**-20)
+
+
 ANCHOR = torch.arange(-8.0, 8.0).reshape(4, 4) / 8
 FISHER = ANCHOR.square()
 MASK = torch.tensor([[True], [False], [True], [True]])
@@ -138,6 +143,14 @@ EXAMPLES = {
         fxreg.total_variation(0.3),
         penalty=lambda w: 0.3 * ((w[1:] - w[:-1]).abs().sum() + (w[:, 1:] - w[:, :-1]).abs().sum()),
     ),
+    "kl_sparsity": Example(
+        fxreg.kl_sparsity(0.3, rho=0.2),
+        penalty=lambda w: 0.3 * sum(0.2 * (0.2 / m).log() + 0.8 * (0.8 / (1 - m)).log() for m in _means(w)),
+    ),
+    "decorrelation": Example(
+        fxreg.decorrelation(0.3), penalty=lambda w: 0.3 * torch.cov(w.T, correction=0).triu(1).square().sum()
+    ),
+    "variance": Example(fxreg.variance(0.3), penalty=lambda w: 0.3 * (1 - (w.var(0) + 1e-4).sqrt()).relu().mean()),
     "clip_value": Example(fxreg.clip_value(0.1), transform=lambda g: g.clamp(-0.1, 0.1)),
     "clip_norm": Example(fxreg.clip_norm(0.1), transform=lambda g: 0.1 * g / max(0.1, float(g.norm()) + 1e-6)),
     "clip_block_rms": Example(
