@@ -206,7 +206,8 @@ class _Apart(threading.local):
         zero: a tensor of one element that stands for the penalties in the loss; its gradient is how often they count.
     """
 
-    zero: Tensor | None = None
+    def __init__(self) -> None:  # once in each thread
+        self.zero: Tensor | None = None
 
     def value(self, penalty: Tensor) -> Tensor:
         """The penalty as the loss is to see it."""

@@ -591,6 +591,8 @@ def test_a_module_that_is_never_called_is_an_error_unless_optional() -> None:
 def test_transforms_and_other_gradients_are_not_for_activations() -> None:
     with pytest.raises(fxreg.RuleError, match="on='output' is for penalties in the graph"):
         fxreg.Rule(fxreg.clip_norm(1.0), on="output")
+    with pytest.raises(fxreg.RuleError, match="l2_sp has a tensor for each parameter"):
+        fxreg.Rule(fxreg.l2_sp(1.0), on="output")
 
 
 def test_duplicates_are_refused_and_input_and_output_are_two_places() -> None:
