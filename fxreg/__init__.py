@@ -45,6 +45,8 @@ from .gradients import (
 )
 from .groups import group_lasso, max_norm, sparse_group_lasso
 from .kernels import total_variation
+from .linting import lint
+from .lints import Lint
 from .matrices import nuclear_norm, orthogonal, soft_orthogonal
 from .network import to_networkx
 from .nonconvex import entropy, hoyer, log_sum, lp, mcp, scad, smooth_l1
@@ -64,6 +66,7 @@ __all__ = [
     "Anchor",
     "CaptureError",
     "FxregError",
+    "Lint",
     "MatchError",
     "ProximalStep",
     "Rule",
@@ -97,6 +100,7 @@ __all__ = [
     "l2_ball",
     "l2_sp",
     "limit_norm",
+    "lint",
     "load_state_dict",
     "log_sum",
     "lp",

@@ -7,10 +7,9 @@ import networkx as nx
 from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name  # private: the names fx itself writes into code
 
+from .flows import read_value
 from .kinds import kind_name
-from .module import CHILD, emitted, state_of
-
-_MODEL = f"{CHILD}.model."
+from .module import emitted, state_of
 
 
 class NodeData(TypedDict):
@@ -66,15 +65,6 @@ def to_networkx(gm: nn.Module) -> "nx.MultiDiGraph[str]":
         for place, used in _places({**dict(enumerate(node.args)), **node.kwargs}):
             found.add_edge(used.name, node.name, key=place)
     return found
-
-
-def read_value(model: nn.Module, target: str) -> Any:
-    """What a node that reads an attribute gives, of what belongs to the model; None for what is fxreg's own."""
-    found: Any = model
-    path = target.removeprefix(_MODEL)
-    for part in path.split(".") if path.partition(".")[0] != CHILD else ():
-        found = getattr(found, part, None)
-    return found if found is not model else None
 
 
 def _data(node: fx.Node, model: nn.Module, first: Mapping[int, str], labels: Mapping[str, str]) -> NodeData:

@@ -8,6 +8,7 @@ import torch
 from tabulate import tabulate
 
 from .effects import Effect, Via
+from .lints import Lint, lint_matches
 from .matching import Match
 from .rules import On, Op, Reduction, op_name
 from .sites import ActivationSite
@@ -78,9 +79,13 @@ Edit: TypeAlias = Penalize | PenalizeActivation | PullBack | LeaveToCompanion
 
 @dataclass(frozen=True)
 class Plan:
-    """Every edit, in rule order and, within a rule, in the order of `named_parameters()`. `str()` is the table."""
+    """Every edit, in rule order and, within a rule, in the order of `named_parameters()`.
+
+    `str()` is the table, and below it the lints that the rules alone show.
+    """
 
     edits: tuple[Edit, ...]
+    lints: tuple[Lint, ...] = ()
 
     @property
     def penalties(self) -> tuple[Penalize, ...]:
@@ -109,12 +114,17 @@ class Plan:
 
     def without_tensors(self) -> "Plan":
         """The same without the values of tensors that effects were given by name."""
-        return Plan(tuple(replace(edit, effect=edit.effect.without_tensors()) for edit in self.edits))
+        edits = tuple(replace(edit, effect=edit.effect.without_tensors()) for edit in self.edits)
+        return replace(self, edits=edits)
 
     def companions(self, via: Via) -> tuple[LeaveToCompanion, ...]:
         return tuple(e for e in self.edits if isinstance(e, LeaveToCompanion) and e.via == via)
 
     def __str__(self) -> str:
+        return "\n".join([self.table(), *([""] if self.lints else []), *(f"lint: {lint}" for lint in self.lints)])
+
+    def table(self) -> str:
+        """The edits, one a line."""
         if not self.edits:
             return "no rules act on this model"
         header = ("rule", "effect", "parameter", "shape", "size", "lowering", "notes")
@@ -126,7 +136,7 @@ class Plan:
 
 def plan(matches: tuple[Match, ...]) -> Plan:
     """What the matched rules do, edit by edit."""
-    return Plan(tuple(_edits(matches)))
+    return Plan(tuple(_edits(matches)), lint_matches(matches))
 
 
 def _edits(matches: tuple[Match, ...]) -> Iterator[Edit]:

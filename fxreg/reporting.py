@@ -10,6 +10,8 @@ from torch.export import ExportedProgram
 
 from .errors import FxregError, RuleError
 from .exported import as_module
+from .linting import lint_emitted
+from .lints import Lint
 from .matching import match
 from .module import RegularizedModule, emitted, state_of
 from .planning import LeaveToCompanion, Plan, plan
@@ -37,6 +39,7 @@ class Report:
             whole and may have several inside is one.
         unbound: the labels of rules whose companion call (`fxreg.param_groups`, `fxreg.ProximalStep`) has not come
             yet.
+        lints: what is seldom meant: of the rules, and of where in the graph they act.
     """
 
     plan: Plan
@@ -46,14 +49,16 @@ class Report:
     verified: bool
     unbound: tuple[str, ...]
     calls: dict[str, tuple[str, ...]]
+    lints: tuple[Lint, ...]
 
     def __str__(self) -> str:
-        lines = [str(self.plan), "", f"emit: {self.emit}"]
+        lines = [self.plan.table(), "", f"emit: {self.emit}"]
         vias = {edit.label: edit.via for edit in self.plan.edits if isinstance(edit, LeaveToCompanion)}
         lines += [f"unbound: {label}: {_COMPANIONS[vias[label]]}" for label in self.unbound]
         lines += [f"activations: {label}: {', '.join(nodes) or 'no call'}" for label, nodes in self.calls.items()]
         lines += [f"opaque: {path or 'the model itself'}: {reason}" for path, reason in self.opaque.items()]
         lines += [f"island: {path}: a graph of {len(gm.graph.nodes)} nodes" for path, gm in self.islands.items()]
+        lines += [f"lint: {lint}" for lint in self.lints]
         lines.append("verified against the model" if self.verified else "not verified: no example_inputs were given")
         return "\n".join(lines)
 
@@ -100,6 +105,7 @@ def explain(model: nn.Module | ExportedProgram, rules: Rule | Iterable[Rule] | N
         islands=dict(state.islands),
         verified=provenance.verified,
         unbound=tuple(state.unbound()),
+        lints=lint_emitted(state),
         calls={label: tuple(nodes) for label, nodes in provenance.calls.items()},
     )
 

@@ -533,7 +533,7 @@ def test_the_table_has_every_site_with_its_rule_size_strength_and_lowering() -> 
         fxreg.Rule(fxreg.l1(0.125), label="sparse"), fxreg.Rule(fxreg.l2(0.0625), param="weight", via="gradient"),
         fxreg.Rule(fxreg.clip_norm(2.5), name="head"), fxreg.Rule(fxreg.weight_decay(0.75), param="bias"),
     ]  # fmt: skip
-    rows = [line.split() for line in str(fxreg.explain(model, rules)).splitlines()]
+    rows = [line.split() for line in fxreg.explain(model, rules).table().splitlines()]
     for expected in (
         ("sparse", "l1(0.125)", "deep.0.weight", "3,072", "penalty"),
         ("sparse", "l1(0.125)", "deep.0.bias", "3", "penalty"),
