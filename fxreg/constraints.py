@@ -262,7 +262,7 @@ def _by_group(weight: Tensor, dim: int | tuple[int, ...], project: Callable[[Ten
     kept = axes(dim, weight.ndim)
     order = [*kept, *(d for d in range(weight.ndim) if d not in kept)]
     arranged = weight.permute(order)
-    groups = math.prod(weight.shape[d] for d in kept)
+    groups = math.prod([weight.shape[d] for d in kept])  # a list: Dynamo takes no generator here
     if weight.numel() == 0:
         return weight
     rows = arranged.reshape(groups, weight.numel() // groups)
