@@ -228,9 +228,11 @@ def test_zeros_and_huge_elements_are_finite(name: str) -> None:
     assert huge.isfinite().all()
 
 
-def test_a_direction_too_short_for_its_norm_is_kept() -> None:
-    tiny = torch.full((2, 2), 1e-30)  # whose squares are 0
-    assert torch.equal(moved(fxreg.unit_norm(), tiny), tiny)
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_direction_is_kept_where_its_squares_are_zero_or_infinite(size: float) -> None:
+    found = moved(fxreg.unit_norm(), torch.full((2, 4), size))
+    torch.testing.assert_close(found, torch.full((2, 4), 0.5))
+    torch.testing.assert_close(moved(fxreg.l2_ball(2.0), torch.full((4,), 1e30)), torch.ones(4))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (0, 4), (2, 4, 2, 2)])
@@ -291,7 +293,7 @@ def test_training_under_a_constraint_is_projected_gradient_descent() -> None:
             norms = reference.weight.norm(dim=1, keepdim=True)
             reference.weight.mul_((0.3 if step < 10 else 0.2) / norms.clamp_min(0.3 if step < 10 else 0.2))
         torch.testing.assert_close(model.weight, reference.weight, rtol=1e-13, atol=1e-13)
-    assert float(model.weight.norm(dim=1).max()) == pytest.approx(0.2)
+    assert float(model.weight.detach().norm(dim=1).max()) == pytest.approx(0.2)
 
 
 def test_a_constraint_of_ones_own_with_a_tensor_and_a_strength() -> None:
