@@ -33,6 +33,7 @@ from .gradients import (
     add_noise,
     centralize,
     clip_block_rms,
+    clip_global_norm,
     clip_norm,
     clip_value,
     freeze,
@@ -44,6 +45,7 @@ from .gradients import (
     zero_nans,
 )
 from .groups import group_lasso, max_norm, sparse_group_lasso
+from .joining import joint_gradient
 from .kernels import total_variation
 from .linting import lint
 from .lints import Lint
@@ -80,6 +82,7 @@ __all__ = [
     "box",
     "centralize",
     "clip_block_rms",
+    "clip_global_norm",
     "clip_norm",
     "clip_value",
     "constraint",
@@ -93,6 +96,7 @@ __all__ = [
     "gradient",
     "group_lasso",
     "hoyer",
+    "joint_gradient",
     "kl_sparsity",
     "l1",
     "l1_ball",

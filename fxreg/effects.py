@@ -84,6 +84,7 @@ class Definition(Generic[P]):
 
     default_via: Via
     leading: int  # how many of the formula's first parameters are the site's own tensors
+    is_joint = False  # whether the formula takes all the sites of a rule at once
     prox: ProximalFormula | None = None
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -216,7 +217,7 @@ def _named(names: tuple[str, ...], tensors: Iterable[Tensor]) -> dict[str, Tenso
     return dict(zip(names, tensors, strict=True))
 
 
-def _as_given(arguments: dict[str, Any]) -> dict[str, Any]:
+def as_given(arguments: dict[str, Any]) -> dict[str, Any]:
     """An operator's arguments as its formula takes them: the dispatcher turns tuples into lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
 
@@ -305,7 +306,7 @@ class Penalty(Definition[P]):
         def value(weight: Tensor, *tensors: Tensor, value: bool = True, **arguments: Any) -> Tensor:
             if not value and not (torch.is_grad_enabled() and weight.requires_grad):
                 return weight.new_zeros((), dtype=operators.accumulation_dtype(weight.dtype))
-            arguments = _as_given(arguments)
+            arguments = as_given(arguments)
             if not value and formula.closed_form is not None:
                 return operators.deferred(seeded, arguments, weight, *tensors)
             return formula.value(weight, _named(names, tensors), arguments)
@@ -326,7 +327,7 @@ class Penalty(Definition[P]):
                 f"{self.name}_gradient",
                 self.fingerprint,
                 self.schema("Tensor weight", "Tensor scale"),
-                lambda weight, *tensors, **arguments: operators.pulled(pull, _as_given(arguments), weight, *tensors),
+                lambda weight, *tensors, **arguments: operators.pulled(pull, as_given(arguments), weight, *tensors),
             )
 
 
@@ -373,7 +374,7 @@ class Gradient(Definition[P]):
         def gradient(weight: Tensor, *tensors: Tensor, **arguments: Any) -> Tensor:
             if stream_at is not None:
                 operators.advance(tensors[stream_at])
-            return operators.pulled(pull, _as_given(arguments), weight, *tensors)
+            return operators.pulled(pull, as_given(arguments), weight, *tensors)
 
         self.operator = operators.define(
             self.name, self.fingerprint, self.schema("Tensor weight", "Tensor scale"), gradient

@@ -1,5 +1,7 @@
 """The numerics around a formula: strengths, dtypes, autocast, the loss scale."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +84,40 @@ class GradientFormula:
             if result.shape != grad.shape:
                 raise RuleError(f"the new gradient has shape {tuple(result.shape)}, the old one {tuple(grad.shape)}")
             return torch.where((factor == 1) | grad.isfinite().all(), result, grad)
+
+
+@dataclass(frozen=True)
+class JointFormula:
+    """f(grads, weights) of several parameters."""
+
+    function: Callable[..., list[Tensor]]
+
+    def transform(
+        self,
+        grads: list[Tensor],
+        weights: list[Tensor],
+        scale: Tensor,
+        live: Mapping[str, Tensor],
+        arguments: Mapping[str, Any],
+    ) -> list[Tensor]:
+        """scale · f(grads / scale); with scale ≠ 1 gradients pass unchanged if one of them is not finite."""
+        device, wide = grads[0].device, functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
+        named = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
+        named |= {name: tensor.reshape(()).to(device, wide) for name, tensor in live.items()}
+        factors = [scale.reshape(()).to(grad) for grad in grads]
+        with contextlib.ExitStack() as stack:
+            for one in {grad.device for grad in grads}:
+                stack.enter_context(operators.without_autocast(one))
+            unscaled = [grad / factor for grad, factor in zip(grads, factors, strict=True)]
+            found = list(self.function(unscaled, weights, **named))
+            shapes, expected = ([tuple(one.shape) for one in several] for several in (found, grads))
+            if shapes != expected:
+                raise RuleError(f"the new gradients have shapes {shapes}, the old ones {expected}")
+            acts = (factors[0] == 1) | torch.stack([grad.isfinite().all().to(device) for grad in grads]).all()
+            return [
+                torch.where(acts.to(old.device), new * factor, old)
+                for old, new, factor in zip(grads, found, factors, strict=True)
+            ]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .arguments import Stream, Strength
 from .effects import gradient
 from .groups import group_norms
+from .joining import joint_gradient
 from .norms import norm
 
 
@@ -55,6 +56,35 @@ def clip_norm(grad: Tensor, weight: Tensor, *, max_norm: Strength) -> Tensor:
     Source: Pascanu, Mikolov and Bengio (2013), "On the difficulty of training recurrent neural networks", alg. 1.
     """
     return grad * torch.clamp(max_norm / (norm(grad) + 1e-6), max=1.0)
+
+
+@joint_gradient
+def clip_global_norm(grads: list[Tensor], weights: list[Tensor], *, max_norm: Strength) -> list[Tensor]:
+    """Shrink the gradients of all the rule's parameters to one norm, g ← g · min(1, max_norm / (‖all g‖₂ + 1e-6)).
+
+    What `torch.nn.utils.clip_grad_norm_` does to these parameters, in every backward pass: over those that have a
+    gradient in it, in float32 or wider; zero gradients stay zero. The first part of a gradient that arrives waits for
+    the last one. Where ranks each have a share of the batch, each clips its own gradients before they are averaged.
+
+    Args:
+        max_norm: the largest 2-norm of all gradients together, at least 0, in units of the gradient.
+
+    Raises:
+        RuleError: a norm that is negative, infinite or NaN.
+
+    >>> import torch, fxreg
+    >>> grads = [torch.tensor([3.0]), torch.tensor([0.0, 4.0])]
+    >>> fxreg.clip_global_norm.function(grads, grads, max_norm=torch.tensor(10.0))
+    [tensor([3.]), tensor([0., 4.])]
+    >>> clipped = fxreg.clip_global_norm.function(grads, grads, max_norm=torch.tensor(1.0))
+    >>> [[round(float(x), 5) for x in grad] for grad in clipped]
+    [[0.6], [0.0, 0.8]]
+
+    Source: Pascanu, Mikolov and Bengio (2013), "On the difficulty of training recurrent neural networks", alg. 1.
+    """
+    total = norm(torch.stack([norm(grad).to(max_norm) for grad in grads]))
+    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    return [grad * factor.to(grad) for grad in grads]
 
 
 @gradient

@@ -74,7 +74,7 @@ class _Lowering(Insertion):
         _refuse_hidden_uses(self.model, pulls)
         uses = list(self.graph.nodes)
         with self.graph.inserting_before(self.first()):
-            pulled = {site: self._pulled(site, edits) for site, edits in pulls.items()}
+            pulled = self._pulled(pulls)
         by_name = {name: pulled[site] for name, site in names.items() if site in pulled}
         inside: dict[str, dict[str, fx.Node]] = {}
         for name, node in by_name.items():
@@ -83,30 +83,57 @@ class _Lowering(Insertion):
         for node in uses:
             self._substitute(node, by_name, inside)
 
-    def _pulled(self, site: str, edits: tuple[PullBack, ...]) -> fx.Node:
-        """The parameter as its uses are to see it. The gradient meets the last node first."""
-        node = self.insert(edits[0].label, "get_attr", site)
-        for edit in reversed(edits):
-            definition = edit.effect.definition
-            scale = self.read("", "loss_scale")
-            tensors = self.tensors(edit.label, edit.effect)
-            if isinstance(definition, Penalty):
-                target: Any = definition.gradient_operator
-                suffix = "gradient"
-            else:
-                assert isinstance(definition, Gradient)
-                target, suffix = definition.operator, ""
-                if definition.has_stream:
-                    key = _stream_key(edit)
-                    stream = torch.tensor([key, 0], dtype=torch.int64, device=self.device)
-                    if (edit.label, site) not in self.streams:
-                        self.streams[edit.label, site] = self.buffer(f"{edit.label}.{site}.stream", stream)
-                    buffer = self.streams[edit.label, site]
-                    tensors = self._in_schema_order(definition, tensors, self.read(edit.label, buffer))
-            name = "_".join(filter(None, (site, edit.label, suffix)))
-            kwargs = self.named(edit)
-            node = self.insert(edit.label, "call_function", target, (node, scale, *tensors), kwargs, name)
-        return node
+    def _pulled(self, pulls: tuple[tuple[PullBack, ...], ...]) -> dict[str, fx.Node]:
+        """The parameters as their uses are to see them: one after the other, but for what joint pullbacks need."""
+        waiting: dict[str, list[tuple[PullBack, ...]]] = {}
+        for edits in pulls:
+            for edit in edits:
+                waiting.setdefault(edit.site, []).append(edits)
+        pulled: dict[str, fx.Node] = {}
+
+        def pull(site: str, until: tuple[PullBack, ...] | None = None) -> None:
+            """The gradient meets the last node first."""
+            if site not in pulled:
+                pulled[site] = self.insert(waiting[site][0][0].label, "get_attr", site)
+            while waiting[site] and (edits := waiting[site][-1]) is not until:
+                for edit in edits if len(edits) > 1 else ():
+                    pull(edit.site, until=edits)
+                self._pull(edits, pulled)
+                for edit in edits:
+                    waiting[edit.site].pop()
+
+        for site in dict.fromkeys(edit.site for edit in self.plan.edits if isinstance(edit, PullBack)):
+            pull(site)
+        return pulled
+
+    def _pull(self, edits: tuple[PullBack, ...], pulled: dict[str, fx.Node]) -> None:
+        """Put one more node between parameters and their uses."""
+        edit, *_ = edits
+        definition: Any = edit.effect.definition
+        target = definition.gradient_operator if isinstance(definition, Penalty) else definition.operator
+        live, kwargs = self._live(edit), self.named(edit)
+        if not definition.is_joint:
+            name = "_".join([edit.site, edit.label, *(["gradient"] if isinstance(definition, Penalty) else [])])
+            node = self.insert(edit.label, "call_function", target, (pulled[edit.site], *live), kwargs, name)
+            pulled[edit.site] = node
+            return
+        weights = [pulled[edit.site] for edit in edits]
+        together = self.insert(edit.label, "call_function", target, (weights, *live), kwargs, f"{edit.label}_together")
+        for k, edit in enumerate(edits):
+            name = f"{edit.site}_{edit.label}"
+            pulled[edit.site] = self.insert(edit.label, "call_function", operator.getitem, (together, k), name=name)
+
+    def _live(self, edit: PullBack) -> list[fx.Node]:
+        """Reads of the loss scale, the strengths and the stream, in the order of the operator."""
+        definition = edit.effect.definition
+        scale, tensors = self.read("", "loss_scale"), self.tensors(edit.label, edit.effect)
+        if isinstance(definition, Gradient) and definition.has_stream:
+            place = edit.label, edit.site
+            if place not in self.streams:
+                stream = torch.tensor([_stream_key(edit), 0], dtype=torch.int64, device=self.device)
+                self.streams[place] = self.buffer(f"{edit.label}.{edit.site}.stream", stream)
+            tensors = self._in_schema_order(definition, tensors, self.read(edit.label, self.streams[place]))
+        return [scale, *tensors]
 
     @staticmethod
     def _in_schema_order(definition: Gradient[Any], strengths: list[fx.Node], stream: fx.Node) -> list[fx.Node]:
@@ -214,15 +241,15 @@ def _stream_key(edit: PullBack) -> int:
     return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
 
 
-def _refuse_hidden_uses(model: nn.Module, pulls: Mapping[str, tuple[PullBack, ...]]) -> None:
+def _refuse_hidden_uses(model: nn.Module, pulls: tuple[tuple[PullBack, ...], ...]) -> None:
     """A parameter that is also reached past its name would be used untransformed there."""
     parameters = dict(model.named_parameters())
     modules = dict(model.named_modules())
-    sites = {id(parameters[site]): site for site in pulls}
+    sites = {id(parameters[edit.site]): edit for edits in reversed(pulls) for edit in edits}
     for path, attribute, identity in hidden_uses(model, sites):
-        site = sites[identity]
+        edit = sites[identity]
         raise CaptureError(
-            f"rule {pulls[site][0].label!r} transforms the gradient of {site!r}, but that parameter is also held in "
+            f"rule {edit.label!r} transforms the gradient of {edit.site!r}, but that parameter is also held in "
             f"the attribute {attribute!r} of {path or 'the model'!r} ({type(modules[path]).__name__}), "
             "where it would be used untransformed. Register it once (nn.ParameterList, nn.ParameterDict, nn.ModuleList"
             "), or use via='penalty'."

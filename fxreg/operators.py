@@ -34,6 +34,9 @@ _implementations: dict[str, Callable[..., Any]] = {}
 Formula = Callable[[Tensor, Tensor, tuple[Tensor, ...], dict[str, Any]], Tensor]
 """What a backward pass computes: (incoming gradient, weight, live tensors, arguments) to the outgoing gradient."""
 
+JointFormula = Callable[[list[Tensor], list[Tensor], tuple[Tensor, ...], dict[str, Any]], list[Tensor]]
+"""The same of several parameters at once."""
+
 
 def define(name: str, overload: str, schema: str, implementation: Callable[..., Any]) -> torch._ops.OpOverload:
     """Register `fxreg::name.overload`; under a known overload, only replace the implementation."""
@@ -190,6 +193,39 @@ class _Pulled(torch.autograd.Function):
         return weight if weight is None else weight.view_as(weight)
 
 
+class _JointlyPulled(torch.autograd.Function):
+    """Identity on several parameters; their gradients, those that there are, pass through `pull` together."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(pull: JointFormula, arguments: dict[str, Any], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(weight.detach() for weight in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.formula, ctx.arguments, ctx.count, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        weights, tensors = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        reached = {k: grad.to_dense() if grad.is_sparse else grad for k, grad in enumerate(grads) if grad is not None}
+        result: list[Tensor | None] = [None] * ctx.count
+        if reached:
+            wide = {k: accumulation_dtype(weights[k].dtype) for k in reached}
+            before = [grad.to(wide[k]) for k, grad in reached.items()]
+            after = ctx.formula(before, [weights[k].detach().to(wide[k]) for k in reached], tensors, ctx.arguments)
+            for k, grad in zip(reached, after, strict=True):
+                result[k] = grad.to(weights[k].dtype)
+        return (None, None, None, *result, *(None for _ in tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, pull: None, arguments: None, count: None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if one is None else one.view_as(one) for one in tensors[: ctx.count])
+
+
 def deferred(gradient: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:
     """A zero whose backward adds `gradient(seed, weight, tensors, arguments)` to the weight's gradient."""
     result: Tensor = _apply(_Deferred, gradient, arguments, weight, *map(_now, tensors))
@@ -199,6 +235,19 @@ def deferred(gradient: Formula, arguments: dict[str, Any], weight: Tensor, *tens
 def pulled(pull: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:
     """The weight itself; its gradient will be `pull(gradient, weight, tensors, arguments)`."""
     result: Tensor = _apply(_Pulled, pull, arguments, weight, *map(_now, tensors))
+    return result
+
+
+def jointly_pulled(
+    pull: JointFormula, arguments: dict[str, Any], weights: Sequence[Tensor], *tensors: Tensor
+) -> list[Tensor]:
+    """The weights themselves; of those that require a gradient, it will be what `pull` makes of all of them."""
+    live = {k: weight for k, weight in enumerate(weights) if weight.requires_grad}
+    result = [weight.view_as(weight) for weight in weights]  # else the frozen ones would require a gradient, too
+    if live:
+        found = _apply(_JointlyPulled, pull, arguments, len(live), *live.values(), *map(_now, tensors))
+        for k, weight in zip(live, found, strict=True):
+            result[k] = weight
     return result
 
 

@@ -100,17 +100,15 @@ class Plan:
         """The effect of every label that acts anywhere."""
         return {edit.label: edit.effect for edit in self.edits}
 
-    def pulls(self) -> dict[str, tuple[PullBack, ...]]:
-        """For every parameter with a transformed gradient, the pullbacks in the order in which the gradient meets
-        them: transforms in rule order, then the gradients of penalties."""
-        found: dict[str, list[PullBack]] = {}
-        for edit in self.edits:
-            if isinstance(edit, PullBack):
-                found.setdefault(edit.site, []).append(edit)
-        return {
-            site: tuple(sorted(pulls, key=lambda pull: pull.effect.definition.default_via == "penalty"))
-            for site, pulls in found.items()
-        }
+    def pulls(self) -> tuple[tuple[PullBack, ...], ...]:
+        """The pullbacks in the order in which gradients meet them: transforms in rule order, then the gradients of
+        penalties. Those that act jointly are together, every other one is alone."""
+        found: dict[object, list[PullBack]] = {}
+        pulls = [edit for edit in self.edits if isinstance(edit, PullBack)]
+        for pull in sorted(pulls, key=lambda pull: pull.effect.definition.default_via == "penalty"):
+            together = pull.label if pull.effect.definition.is_joint else (pull.label, pull.site)
+            found.setdefault(together, []).append(pull)
+        return tuple(map(tuple, found.values()))
 
     def without_tensors(self) -> "Plan":
         """The same without the values of tensors that effects were given by name."""
@@ -177,6 +175,7 @@ def _row(edit: Edit, with_activations: bool) -> tuple[str, ...]:
                 notes.append("only where the backward pass reaches it")
             elif with_activations:
                 notes.append("acts on the gradients of penalties on activations, too")
+            notes += ["jointly with the others of its rule"] if edit.effect.definition.is_joint else []
             notes += [] if edit.trainable else ["frozen: has no gradient to act on"]
         case LeaveToCompanion():
             lowering = edit.via

@@ -18,6 +18,7 @@ from .controls import activation_value, live_arguments, live_strengths
 from .effects import Gradient, Penalty
 from .errors import VerifyError
 from .exported import ExportedModule
+from .joining import Joint
 from .module import RegularizedModule, State, emitted, state_of
 from .observing import observing
 from .planning import Penalize, PullBack
@@ -247,9 +248,11 @@ def _with_rules(state: State, run: _Run, weight: float | None) -> dict[str, Tens
     for name, more in run.added.items():
         if more is not None and weight is not None:
             result[name] = _sum(result[name], more * weight)
-    for site, pulls in plan.pulls().items():
-        for pull in pulls if site in result else ():
-            result[site] = _pulled(state, pull, result[site], parameters[site])
+    for pulls in plan.pulls():
+        if pulls[0].effect.definition.is_joint:
+            result |= _jointly_pulled(state, pulls, result, parameters)
+        elif (site := pulls[0].site) in result:
+            result[site] = _pulled(state, pulls[0], result[site], parameters[site])
     for edit in plan.penalties:
         if edit.site in result and weight is not None:
             added = _penalty_gradient(state, edit, parameters[edit.site]) * weight
@@ -278,6 +281,22 @@ def _pulled(state: State, pull: PullBack, grad: Tensor | None, weight: Tensor) -
     arguments = live_arguments(state, pull)
     pulled = definition.formula.transform(grad.to(wide), weight.detach().to(wide), scale, live, arguments)
     return pulled.to(grad.dtype)
+
+
+def _jointly_pulled(
+    state: State, pulls: tuple[PullBack, ...], gradients: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The new gradients of those parameters of a joint transform that have one."""
+    (label, effect), *_ = ((pull.label, pull.effect) for pull in pulls)
+    found = {pull.site: grad for pull in pulls if (grad := gradients.get(pull.site)) is not None}
+    if not found:
+        return {}
+    assert isinstance(effect.definition, Joint)
+    grads = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in found.values()]
+    weights = [parameters[site].detach().to(grad) for site, grad in zip(found, grads, strict=True)]
+    live = live_strengths(state, label, effect)
+    pulled = effect.definition.formula.transform(grads, weights, state.loss_scale, live, effect.arguments)
+    return {site: new.to(old.dtype) for (site, old), new in zip(found.items(), pulled, strict=True)}
 
 
 def _penalty_gradient(state: State, edit: Penalize | PullBack, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import fxreg
 from fxreg.constraining import Constraint
 from fxreg.effects import Definition, Gradient, OptimizerOption, Penalty, registry
+from fxreg.joining import Joint
 
 PAGE = Path(__file__).parents[1] / "docs" / "effects.md"
 _HEAD = """# Every effect
@@ -47,7 +48,8 @@ def page() -> str:
             "\n| effect | what it is |" + " gradient |" * has_gradient + " `via` | source |",
         ]
         parts.append("\n|" + "---|" * (4 + has_gradient) + "\n")
-        parts += [_row(one, has_gradient) for one in _built_in() if type(one) is kind]
+        kinds = (Gradient, Joint) if kind is Gradient else (kind,)
+        parts += [_row(one, has_gradient) for one in _built_in() if type(one) in kinds]
     return "".join(parts)
 
 

@@ -21,6 +21,7 @@ class Term:
     acts_on: Callable[[str], bool]
     penalty: Callable[[Tensor], Tensor] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
+    joint: Callable[[list[Tensor]], list[Tensor]] | None = None
     via: str = "penalty"
 
 
@@ -82,6 +83,10 @@ def by_hand(model: nn.Module, loss: Tensor, terms: list[Term], factor: float = 1
                 name: g if g is None or not term.acts_on(name) else factor * term.transform(g / factor)
                 for name, g in gradients.items()
             }
+        if term.joint:
+            seen = {name: g / factor for name, g in gradients.items() if g is not None and term.acts_on(name)}
+            new = zip(seen, term.joint([*seen.values()]), strict=True)
+            gradients.update({name: factor * g for name, g in new})
     for term in terms:
         if term.penalty is None:
             continue

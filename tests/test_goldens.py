@@ -89,6 +89,9 @@ GOLDENS: dict[str, Callable[[], torch.fx.GraphModule]] = {
     "gradient_leaf": lambda: fxreg.transform(leaf(), [CLIP]),
     "gradient_tied": lambda: fxreg.transform(Tied(), [CLIP]),
     "gradient_twice": lambda: fxreg.transform(Twice(), [CLIP, fxreg.Rule(fxreg.scale(0.5))]),
+    "gradient_joint": lambda: fxreg.transform(
+        leaf(), [fxreg.Rule(fxreg.clip_value(0.1), param="bias"), fxreg.Rule(fxreg.clip_global_norm(1.0)), CLIP]
+    ),
     "gradient_nested": lambda: fxreg.transform(Nested(), [fxreg.Rule(fxreg.l2(0.1), via="gradient"), CLIP]),
     "gradient_opaque": lambda: fxreg.transform(Nested(Gate), [CLIP, fxreg.Rule(fxreg.freeze(), param="bias")]),
     "gradient_arguments": lambda: fxreg.transform(

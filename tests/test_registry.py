@@ -66,11 +66,12 @@ def registry_homing(
 
 @dataclass(frozen=True)
 class Example:
-    """An effect with arguments, and the same by hand: a penalty of w, or a transform of (g, w)."""
+    """An effect with arguments, and the same by hand: a penalty of w, or a transform of g, or of all of them."""
 
     effect: Any
     penalty: Callable[[Tensor], Tensor] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
+    joint: Callable[[list[Tensor]], list[Tensor]] | None = None
 
 
 def _rows(w: Tensor) -> Tensor:
@@ -153,6 +154,10 @@ EXAMPLES = {
     "variance": Example(fxreg.variance(0.3), penalty=lambda w: 0.3 * (1 - (w.var(0) + 1e-4).sqrt()).relu().mean()),
     "clip_value": Example(fxreg.clip_value(0.1), transform=lambda g: g.clamp(-0.1, 0.1)),
     "clip_norm": Example(fxreg.clip_norm(0.1), transform=lambda g: 0.1 * g / max(0.1, float(g.norm()) + 1e-6)),
+    "clip_global_norm": Example(
+        fxreg.clip_global_norm(0.1),
+        joint=lambda grads: [0.1 * g / max(0.1, sum(float(h.square().sum()) for h in grads) ** 0.5) for g in grads],
+    ),
     "clip_block_rms": Example(
         fxreg.clip_block_rms(0.1), transform=lambda g: g / max(1.0, 10 * float(g.square().mean().sqrt()))
     ),
@@ -252,9 +257,11 @@ WAYS = [(name, via) for name in EXAMPLES for via in registry[name].vias if via i
 def expected(example: Example, rule: fxreg.Rule, x: Tensor) -> Gradients:
     """By hand on the original model; of a random effect, what a fresh module gives in eager mode."""
     model, _ = net()
-    if example.penalty is None and example.transform is None:
+    if example.penalty is None and example.transform is None and example.joint is None:
         return eager(fxreg.transform(model, rule), x)
-    term = Term(rule, lambda name: name.endswith("weight"), example.penalty, example.transform, rule.lowering)
+    term = Term(
+        rule, lambda name: name.endswith("weight"), example.penalty, example.transform, example.joint, rule.lowering
+    )
     result = by_hand(model, loss_of(model(x)), [term])
     if example.effect.name == "freeze":
         result.update({"first.weight": None, "second.weight": None})
@@ -390,7 +397,7 @@ def test_the_output_is_the_sum_of_the_penalties_that_are_penalties(rules: list[f
     gm = fxreg.transform(model, rules, emit="output")
     output, total = gm(x)
     plan = fxreg.explain(gm).plan
-    attached = {edit.label for edit in plan.edits} - {edit.label for edits in plan.pulls().values() for edit in edits}
+    attached = {edit.label for edit in plan.edits} - {edit.label for edits in plan.pulls() for edit in edits}
     values = fxreg.penalties(gm)
     assert values.keys() == {edit.label for edit in plan.edits}
     wanted = sum(float(values[label]) for label in attached)
