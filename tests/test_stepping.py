@@ -20,6 +20,7 @@ from fxreg.updates import has_moved
 
 from .models import build
 from .reference import Term, by_hand, is_weight, penalty_terms, transform_terms, weights
+from .reference import assert_same as assert_gradients
 from .test_compile import Ops
 from .test_contexts import EMITS, WithLoss
 
@@ -370,6 +371,23 @@ def test_named_inputs_several_targets_and_a_loss_with_parameters() -> None:
     for one, other in zip((model, loss_fn), twins, strict=True):
         for actual, expected in zip(one.parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(actual, expected.detach() - 0.1 * expected.grad)
+
+
+@pytest.mark.parametrize("emit", EMITS)
+def test_the_module_compiles_by_itself_before_and_behind_a_step(emit: str) -> None:
+    trial, backend = Trial("tiny", RULES["penalties"](), emit), CompileCounterWithBackend("aot_eager")
+    optimizer = SGD(trial.parameters(), lr=0.0)
+    step, compiled = trial.step(optimizer), torch.compile(trial.gm, backend=backend)
+    for _ in range(2):
+        output = compiled(*trial.inputs)
+        loss = output["loss"] if emit == "loss" else loss_of(output[0] if emit == "output" else output, trial.target)
+        (loss + output[1] if emit == "output" else loss).backward()
+        plain = trial.twin(*trial.inputs)
+        expected = by_hand(trial.twin, plain["loss"] if emit == "loss" else loss_of(plain, trial.target), trial.terms)
+        assert_gradients({name: p.grad for name, p in trial.model.named_parameters()}, expected, 1e-12)
+        optimizer.zero_grad()
+        step()
+    assert backend.frame_count == 1
 
 
 class Leaky(torch.autograd.Function):
