@@ -20,6 +20,7 @@ EMITS = ("backward", "output", "loss")
 EFFECTS = [name for name in EXAMPLES if not getattr(registry[name], "detach", False)]
 """All but those that leave no gradient, of which there is nothing to say here."""
 PENALTIES = [name for name in EFFECTS if "penalty" in registry[name].vias]
+WITH_PROXIMAL = [name for name in PENALTIES if "proximal" in registry[name].vias]
 TRANSFORMS = [name for name in EFFECTS if registry[name].default_via == "gradient"]
 
 
@@ -223,6 +224,40 @@ def test_complex_and_integer_parameters_are_refused(name: str) -> None:
     model.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int64), requires_grad=False)
     with pytest.raises(fxreg.MatchError, match="'weight': it is not a floating-point tensor"):
         fxreg.transform(model, fxreg.Rule(EXAMPLES[name].effect))
+
+
+# Proximal steps.
+
+
+def stepped(effect: Any, weight: Tensor) -> Tensor:
+    """The weight after one step that is all the proximal operator's: the loss's gradient is 0."""
+    model = Dot(weight)
+    gm = fxreg.transform(model, fxreg.Rule(effect, via="proximal"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fxreg.ProximalStep(optimizer, gm)
+    gm(torch.zeros_like(weight)).backward()
+    optimizer.step()
+    return model.weight.detach()
+
+
+@pytest.mark.parametrize("size", [1e30, 1.0, 1e-30])
+@pytest.mark.parametrize("name", WITH_PROXIMAL)
+def test_at_the_ends_of_float32_proximal_steps_are_what_they_are_in_float64(name: str, size: float) -> None:
+    effect, weight = EXAMPLES[name].effect, (size * random(4, 4, seed=2)).float()
+    torch.testing.assert_close(
+        stepped(effect, weight).double(), stepped(effect, weight.double()), rtol=1e-4, atol=1e-6 * size
+    )
+
+
+@pytest.mark.parametrize("name", WITH_PROXIMAL)
+def test_at_zeros_ties_and_kinks_and_of_any_shape_proximal_steps_are_finite(name: str) -> None:
+    effect = EXAMPLES[name].effect
+    for point in POINTS.values():
+        wanted = stepped(effect, point)
+        assert wanted.isfinite().all()
+        torch.testing.assert_close(stepped(effect, point.float()).double(), wanted, rtol=1e-4, atol=1e-6)
+    for shape in (shape for shape in SHAPES if _taken(effect, shape)):
+        assert stepped(effect, random(*shape)).isfinite().all()
 
 
 # Gradient transforms.
