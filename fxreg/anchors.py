@@ -50,6 +50,12 @@ def _(weight: Tensor, *, anchor: Anchor = None) -> Tensor:
     return 2 * distance
 
 
+@l2_sp.proximal
+def _(weight: Tensor, step: Tensor, *, anchor: Anchor = None) -> Tensor:
+    nearer: Tensor = weight - (weight - anchor) * (2 * step / (1 + 2 * step))
+    return nearer
+
+
 @penalty
 def ewc(weight: Tensor, *, fisher: Anchor, anchor: Anchor = None) -> Tensor:
     """Distance from an earlier task's solution where that matters, R(w) = Σ F(w − w*)²: elastic weight consolidation.
@@ -87,3 +93,10 @@ def ewc(weight: Tensor, *, fisher: Anchor, anchor: Anchor = None) -> Tensor:
 def _(weight: Tensor, *, fisher: Anchor, anchor: Anchor = None) -> Tensor:
     slope: Tensor = 2 * fisher * (weight - anchor)
     return slope
+
+
+@ewc.proximal
+def _(weight: Tensor, step: Tensor, *, fisher: Anchor, anchor: Anchor = None) -> Tensor:
+    pull = 2 * step * fisher
+    nearer: Tensor = weight - (weight - anchor) * (pull / (1 + pull))
+    return nearer

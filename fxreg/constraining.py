@@ -1,6 +1,7 @@
 """What a constraint is: a projection that `fxreg.ProximalStep` applies after each step of the optimizer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, overload
 
 import torch
@@ -23,6 +24,7 @@ class Constraint(Definition[P]):
         self.prox: ProximalFormula = ProximalFormula(function, None, foreach)
         self._check: Callable[..., None] | None = None
         super().__init__(function)
+        self.prox = replace(self.prox, anchors=self.anchors)
 
     def check(self, function: Callable[..., None]) -> Callable[..., None]:
         """Register what raises ValueError for arguments that ask for the impossible; it takes them by name."""
@@ -40,7 +42,7 @@ class Constraint(Definition[P]):
 
     def _trial(self, weight: Tensor, effect: Effect) -> str | None:
         strengths = {name: weight.new_ones((), dtype=torch.float64) for name in effect.strengths}
-        self.prox.moved([weight], 1.0, strengths, effect.arguments)
+        self.prox.moved([weight], 1.0, strengths, self._trial_arguments(weight, effect))
         return None
 
 

@@ -287,7 +287,7 @@ class Penalty(Definition[P]):
         return self._take_proximal(function, foreach)
 
     def _take_proximal(self, function: Callable[..., Any], foreach: bool) -> Callable[..., Any]:
-        self.prox = ProximalFormula(function, self.formula.implicit, foreach)
+        self.prox = ProximalFormula(function, self.formula.implicit, foreach, self.anchors)
         self.register()
         return function
 

@@ -129,11 +129,13 @@ class ProximalFormula:
         implicit: whether the step is lr·s, as the strength multiplies R from outside, or lr alone, as the formula has
             strengths of its own. None for a projection, which has no step.
         foreach: whether the function takes and returns several weights at once.
+        anchors: the arguments that are a tensor for each parameter; with them, weights come one by one.
     """
 
     function: Callable[..., Any]
     implicit: bool | None
     foreach: bool = False
+    anchors: tuple[str, ...] = ()
 
     def moved(
         self,
@@ -146,7 +148,7 @@ class ProximalFormula:
         device = weights[0].device
         wide = [weight.to(operators.accumulation_dtype(weight.dtype)) for weight in weights]
         live = {name: strength.reshape(()).to(device) for name, strength in strengths.items()}
-        named = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
+        named = _beside(wide[0], arguments, self.anchors)
         steps: list[Tensor] = []
         if self.implicit is not None:
             # A product with a tensor of the device: a number, or a tensor elsewhere, would have to be moved there.

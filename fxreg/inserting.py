@@ -78,7 +78,8 @@ class Insertion:
 
     def _anchor(self) -> None:
         """Give every parameter the tensors of its own that effects have for it, as copies."""
-        edits = [e for e in self.plan.edits if isinstance(e, Penalize | PullBack) and e.effect.definition.anchors]
+        kinds = Penalize | PullBack | LeaveToCompanion
+        edits = [e for e in self.plan.edits if isinstance(e, kinds) and e.effect.definition.anchors]
         parameters = dict(self.model.named_parameters()) if edits else {}
         for edit in edits:
             parameter = parameters[edit.site]

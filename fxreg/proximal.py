@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .controls import live_strengths
+from .controls import live_arguments, live_strengths
 from .effects import Effect
 from .errors import RuleError
 from .formulas import ProximalFormula
@@ -27,7 +27,16 @@ class _Operator:
     label: str
     effect: Effect
     formula: ProximalFormula
-    weights: dict[Tensor, str]
+    weights: dict[Tensor, LeaveToCompanion]
+
+    def batches(self, weights: list[Tensor]) -> Iterable[list[Tensor]]:
+        """Some of its weights, as the formula takes them: all of one device and dtype, or one by one."""
+        if not self.formula.foreach or self.formula.anchors:
+            return [[weight] for weight in weights]
+        found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for weight in weights:
+            found.setdefault((weight.device, weight.dtype), []).append(weight)
+        return found.values()
 
 
 class ProximalStep:
@@ -103,13 +112,14 @@ class ProximalStep:
             live = live_strengths(self._state, operator.label, operator.effect)
             for group in optimizer.param_groups:
                 weights = [p for p in group["params"] if p in operator.weights and has_moved(optimizer, p)]
-                for batch in _batches(weights) if operator.formula.foreach else ([weight] for weight in weights):
+                for batch in operator.batches(weights):
+                    edit = operator.weights[batch[0]]
                     try:
-                        new = operator.formula.moved(batch, group["lr"], live, operator.effect.arguments)
+                        new = operator.formula.moved(batch, group["lr"], live, live_arguments(self._state, edit))
                     except RuleError as error:
                         raise RuleError(
                             f"rule {operator.label!r}: the proximal operator of {operator.effect.name} at "
-                            f"{operator.weights[batch[0]]!r}: {error}."
+                            f"{edit.site!r}: {error}."
                         ) from None
                     if skipped is not None:
                         new = [
@@ -127,15 +137,7 @@ def _operators(edits: Iterable[LeaveToCompanion], parameters: dict[str, nn.Param
     for label, own in labels.items():
         formula = own[0].effect.definition.prox
         assert formula is not None
-        yield _Operator(label, own[0].effect, formula, {parameters[edit.site]: edit.site for edit in own})
-
-
-def _batches(weights: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """The weights by device and dtype."""
-    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for weight in weights:
-        found.setdefault((weight.device, weight.dtype), []).append(weight)
-    return found.values()
+        yield _Operator(label, own[0].effect, formula, {parameters[edit.site]: edit for edit in own})
 
 
 def _check(

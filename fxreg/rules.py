@@ -120,10 +120,10 @@ class Rule(_Acts, _Keys):
                 f"{who}: on={on!r} is for penalties in the graph (via='penalty'), and this is {effect!r} "
                 f"via={via or effect.definition.default_via!r}. Mend the effect or via=, or leave out on=."
             )
-        if effect.definition.anchors and (on != "param" or (via or effect.definition.default_via) == "proximal"):
+        if effect.definition.anchors and on != "param":
             raise RuleError(
-                f"{who}: {effect.name} has a tensor for each parameter ({effect.definition.anchors[0]}), which only "
-                "penalties and gradient transforms of parameters can have, in the graph. Leave out on= or via=."
+                f"{who}: {effect.name} has a tensor for each parameter ({effect.definition.anchors[0]}), and "
+                "activations have none. Leave out on=."
             )
         fields: dict[str, Any] = {
             "effect": effect,

@@ -310,15 +310,31 @@ def test_what_has_no_value_yet_is_no_anchor() -> None:
         fxreg.explain(nn.Linear(2, 2, device="meta"), fxreg.Rule(fxreg.l2_sp(0.1)))
 
 
-def test_neither_activations_nor_steps_behind_the_optimizers_have_anchors() -> None:
-    @fxreg.constraint
-    def anchors_clamped(weight: Tensor, *, limit: fxreg.Anchor = None) -> Tensor:
-        return torch.minimum(weight, limit)
-
+def test_activations_have_no_anchors() -> None:
     with pytest.raises(fxreg.RuleError, match=r"'l2_sp': l2_sp has a tensor for each parameter \(anchor\)"):
         fxreg.Rule(fxreg.l2_sp(0.1), on="output")
-    with pytest.raises(fxreg.RuleError, match=r"'anchors_clamped': .* for each parameter \(limit\)"):
-        fxreg.Rule(anchors_clamped())
+
+
+def test_a_constraint_may_have_anchors_and_keeps_them_in_its_state() -> None:
+    @fxreg.constraint
+    def anchors_clamped(weight: Tensor, *, limit: fxreg.Anchor = None) -> Tensor:
+        """No element above what it was."""
+        return torch.minimum(weight, limit)
+
+    model, x = build()
+    start = values(model)
+    gm = fxreg.transform(model, fxreg.Rule(anchors_clamped()))
+    assert {key for key in fxreg.state_dict(gm) if key.startswith("anchors.")} == {
+        f"anchors.anchors_clamped.limit.{name}" for name in start
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fxreg.ProximalStep(optimizer, gm)
+    gm(x).square().mean().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        wanted = torch.minimum(start[name] - 0.1 * p.grad, start[name])  # type: ignore[operator]
+        torch.testing.assert_close(p.detach(), wanted, rtol=1e-14, atol=1e-14)
+        assert (p != start[name]).any()
 
 
 def test_the_default_of_an_anchor_is_a_copy_or_none_at_all() -> None:

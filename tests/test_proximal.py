@@ -75,7 +75,8 @@ def draw_weight(seed: int, shape: tuple[int, ...] = (3, 4), size: float = 1.0) -
 
 def test_every_operator_that_a_penalty_has_is_here() -> None:
     built_in = {d.name for d in registry.values() if isinstance(d, Penalty) and d.function.__module__[:6] == "fxreg."}
-    assert {name for name in built_in if "proximal" in registry[name].vias} == {*CONVEX, "mcp", "scad"}
+    here = {*CONVEX, "mcp", "scad", "l2_sp", "ewc"}
+    assert {name for name in built_in if "proximal" in registry[name].vias} == here
 
 
 @pytest.mark.parametrize("name", CONVEX)
@@ -179,6 +180,28 @@ def test_shapes(name: str, shape: tuple[int, ...]) -> None:
     else:
         assert moved(effect, w).shape == w.shape
         assert moved(effect, w).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["l2_sp", "ewc"])
+def test_an_anchor_pulls_each_parameter_towards_its_own(name: str) -> None:
+    model = make()
+    anchors = {n: torch.full_like(p, k) for k, (n, p) in enumerate(model.named_parameters())}
+    fisher = {n: torch.full_like(p, 0.5 + k) for k, (n, p) in enumerate(model.named_parameters())}
+    effect = fxreg.l2_sp(0.3, anchors) if name == "l2_sp" else fxreg.ewc(0.3, fisher, anchors)
+    start = copy.deepcopy(model)
+    gm = fxreg.transform(model, fxreg.Rule(effect, via="proximal"))
+    assert fxreg.penalties(gm)[name] > 0
+    fxreg.load_state_dict(gm, fxreg.state_dict(gm))
+    optimizer = optim.SGD(model.parameters(), lr=0.5)
+    fxreg.ProximalStep(optimizer, gm)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for n, p in model.named_parameters():
+        # 0 = (u − w) + 2·lr·s·F·(u − a)
+        pull = 2 * 0.5 * 0.3 * (1 if name == "l2_sp" else fisher[n])
+        w = start.get_parameter(n).detach()
+        torch.testing.assert_close(p.detach() - w + pull * (p.detach() - anchors[n]), torch.zeros_like(w))
 
 
 # The step, by hand.
