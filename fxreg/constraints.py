@@ -274,6 +274,6 @@ def _on_simplex(rows: Tensor, total: float | Tensor) -> Tensor:
     rows = rows - rows.amax(1, keepdim=True)  # the same nearest point; and sums as exact as can be
     ordered = rows.sort(1, descending=True).values
     excess = ordered.cumsum(1) - total
-    count = torch.arange(1, rows.shape[1] + 1, dtype=rows.dtype, device=rows.device)
+    count = torch.ones_like(rows).cumsum(1)  # not arange: the rows may be sharded
     positive = (ordered * count > excess).sum(1, keepdim=True).clamp_min(1)
     return (rows - excess.gather(1, positive - 1) / positive).clamp_min(0)

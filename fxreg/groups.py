@@ -18,6 +18,8 @@ def group_lasso(weight: Tensor, *, dim: int | tuple[int, ...] = 0) -> Tensor:
 
     Gradient: w_g / ‖w_g‖₂ in each group; 0 in a group of exact zeros.
 
+    Proximal operator: w_g·max(0, 1 − t/‖w_g‖₂) with t = lr·s; exactly 0 in a group whose norm is at most t.
+
     Args:
         strength: s ≥ 0, in units of loss per unit of weight.
         dim: the dimension, or dimensions, whose indices name the groups: `dim=0` makes a group of each output
@@ -52,6 +54,8 @@ def sparse_group_lasso(weight: Tensor, *, l1: Strength, group: Strength, dim: in
     Gradient: l1·sign(w) + group·w_g/‖w_g‖₂; 0 in a group of exact zeros. Its two strengths are `label.l1` and
     `label.group` in `fxreg.strengths`.
 
+    Proximal operator: l1's soft threshold lr·l1, then group_lasso's, lr·group.
+
     Args:
         l1: the strength of Σ|w|, at least 0.
         group: the strength of Σ_g ‖w_g‖₂, at least 0.
@@ -84,6 +88,8 @@ def max_norm(weight: Tensor, *, limit: float, dim: int | tuple[int, ...] = 0) ->
     """A hinge on the 2-norms of groups, R(w) = Σ_g max(0, ‖w_g‖₂ − limit): groups below the limit are free.
 
     Gradient: w_g / ‖w_g‖₂ in each group above the limit, 0 in the others and at the limit.
+
+    Proximal operator: in each group above the limit w_g·max(limit, ‖w_g‖₂ − t)/‖w_g‖₂, with t = lr·s.
 
     Args:
         strength: s ≥ 0, in units of loss per unit of weight.

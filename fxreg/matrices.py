@@ -19,6 +19,8 @@ def nuclear_norm(weight: Tensor) -> Tensor:
     Gradient: U·Vᵀ of the singular vectors whose values are not 0, up to rounding; 0 for a matrix of zeros. It takes a
     singular value decomposition in every step.
 
+    Proximal operator: U·diag(max(σ − t, 0))·Vᵀ with t = lr·s, which lowers the rank exactly.
+
     Args:
         strength: s ≥ 0, in units of loss per unit of weight.
 

@@ -48,6 +48,8 @@ def smooth_l1(weight: Tensor, *, beta: float = 1.0) -> Tensor:
 
     Gradient: max(-1, min(1, w/β)), continuous everywhere.
 
+    Proximal operator: w − t·max(-1, min(1, w/(β + t))) with t = lr·s.
+
     Args:
         strength: s ≥ 0, in units of loss per unit of weight.
         beta: where squares end, greater than 0, in units of the weight.
@@ -113,6 +115,10 @@ def scad(weight: Tensor, *, strength: Strength, a: float = 3.7) -> Tensor:
 
     Gradient: sign(w)·λ, sign(w)·(aλ − |w|)/(a − 1) and 0 in turn; 0 at 0.
 
+    Proximal operator: sign(w)·max(|w| − lr·λ, 0) where |w| ≤ (1 + lr)·λ, ((a−1)·w − sign(w)·a·lr·λ)/(a − 1 − lr)
+    up to a·λ, and w beyond. It is unique for lr < a − 1; for larger ones it jumps between the two minima, and is the
+    smaller one where they are equal.
+
     Args:
         strength: λ ≥ 0, in units of the weight.
         a: greater than 1; the authors' choice is 3.7.
@@ -157,6 +163,9 @@ def mcp(weight: Tensor, *, strength: Strength, gamma: float = 3.0) -> Tensor:
     R(w) = Σ λ|w| − w²/(2γ) where |w| ≤ γλ, γλ²/2 beyond. The strength λ is also where it ends, over γ.
 
     Gradient: sign(w)·max(0, λ − |w|/γ), 0 at 0.
+
+    Proximal operator: sign(w)·max(|w| − lr·λ, 0)/(1 − lr/γ) where |w| ≤ γ·λ, and w beyond. It is unique for lr < γ;
+    for larger ones it is the hard threshold λ·√(γ·lr), and 0 at the jump.
 
     Args:
         strength: λ ≥ 0, in units of the weight.

@@ -126,7 +126,15 @@ class ProximalStep:
                             torch.where(skipped.to(old.device) > 0, old, one)
                             for old, one in zip(batch, new, strict=True)
                         ]
-                    torch._foreach_copy_(batch, new)
+                    _copy(batch, new)
+
+
+def _copy(weights: list[Tensor], new: list[Tensor]) -> None:
+    if any(hasattr(weight, "device_mesh") for weight in weights):  # sharded: there is no such operator for them
+        for weight, one in zip(weights, new, strict=True):
+            weight.copy_(one)
+    else:
+        torch._foreach_copy_(weights, new)
 
 
 def _operators(edits: Iterable[LeaveToCompanion], parameters: dict[str, nn.Parameter]) -> Iterator[_Operator]:

@@ -16,6 +16,8 @@ def l1(weight: Tensor) -> Tensor:
 
     Gradient: sign(w), 0 at 0. The subgradient step oscillates around 0 and reaches no exact zeros.
 
+    Proximal operator: the soft threshold sign(w)·max(|w| − t, 0) with t = lr·s, which does.
+
     Args:
         strength: s ≥ 0, in units of loss per unit of weight.
 
@@ -50,6 +52,8 @@ def l2(weight: Tensor) -> Tensor:
 
     Gradient: 2w. Strength s equals an optimizer's coupled `weight_decay=2s`, which is also what `via="optimizer"` does.
 
+    Proximal operator: w/(1 + 2t) with t = lr·s.
+
     Args:
         strength: s ≥ 0, in units of loss per unit of weight squared.
 
@@ -83,6 +87,8 @@ def elastic_net(weight: Tensor, *, l1: Strength, l2: Strength) -> Tensor:
     """Both at once, l1·Σ|w| + l2·Σw².
 
     Gradient: l1·sign(w) + 2·l2·w, 0 at 0. Its two strengths are `label.l1` and `label.l2` in `fxreg.strengths`.
+
+    Proximal operator: sign(w)·max(|w| − lr·l1, 0)/(1 + 2·lr·l2).
 
     Args:
         l1: the strength of Σ|w|, at least 0.

@@ -3,7 +3,7 @@
 import copy
 import gc
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -593,6 +593,38 @@ def test_penalties_have_their_value_and_constraints_none() -> None:
     found = fxreg.penalties(gm)
     assert found.keys() == {"l1"}
     torch.testing.assert_close(found["l1"], 0.25 * (model[0].weight.abs().sum() + model[2].weight.abs().sum()).detach())
+
+
+def one_rank() -> Iterator[Any]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.distributed.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+mesh = pytest.fixture(one_rank)
+
+
+def sharded(effect: Any, weight: Tensor, mesh: Any) -> Tensor:
+    """`moved`, of a weight that is sharded."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    gm = fxreg.transform(model := Holder(weight), fxreg.Rule(effect, via="proximal"))
+    fully_shard(gm, mesh=mesh)
+    optimizer = optim.SGD(gm.parameters(), lr=0.5)
+    fxreg.ProximalStep(optimizer, gm)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    assert isinstance(model.weight, DTensor)
+    return model.weight.full_tensor().detach()
+
+
+def test_sharded_parameters_move_as_whole_ones_do(mesh: Any) -> None:
+    w = draw_weight(0).float()
+    for effect, _ in (CONVEX | NONCONVEX).values():  # type: ignore[operator]
+        torch.testing.assert_close(sharded(effect, w, mesh), moved(effect, w, 0.5))
 
 
 # Refused.
