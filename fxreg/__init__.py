@@ -28,6 +28,7 @@ from .constraints import (
 from .controls import load_state_dict, penalties, set_loss_scale, state_dict, strengths
 from .effects import gradient, penalty
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
+from .functions import input_gradient, jacobian
 from .gradients import (
     adaptive_clip,
     add_noise,
@@ -96,6 +97,8 @@ __all__ = [
     "gradient",
     "group_lasso",
     "hoyer",
+    "input_gradient",
+    "jacobian",
     "joint_gradient",
     "kl_sparsity",
     "l1",

@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree  # private by name only: what torch.ex
 from torch.utils.hooks import RemovableHandle
 
 from .errors import CaptureError, FxregError
+from .functions import directions
 from .operators import attach as _attach_operator
+from .operators import drawn as _draw_operator
 from .operators import total
 from .structure import follow, likeness, map_tensors, replace_field, tensors
 
@@ -115,6 +117,80 @@ def penalize(
     terms = [reduced(operator(one, *strengths, **arguments), one, reduction) for one in found.values()]
     result: Tensor = total(terms)
     return result
+
+
+def penalize_function(
+    state: Any,
+    which: int,
+    inputs: list[Any],
+    strengths: list[Tensor],
+    stream: Tensor | None,
+    arguments: dict[str, Any],
+    value: bool,
+) -> Tensor:
+    """A penalty on how the output of the captured graph follows its inputs.
+
+    The graph runs again, on copies of its buffers; so that the model's random numbers stay what they are without the
+    penalty, torch's generators are put back, but for compiled code, which draws its own.
+
+    Args:
+        which: the number of the edit among the plan's.
+        arguments: those of the effect.
+        value: whether the value is wanted where no gradient is.
+    """
+    edit = state.provenance.plan.functions[which]
+    places = [place for place, one in enumerate(inputs) if isinstance(one, Tensor) and one.is_floating_point()]
+    if not places:
+        raise FxregError(f"rule {edit.label!r}: there is no floating-point tensor among the inputs. Drop the rule.")
+    if not value and not torch.is_grad_enabled():
+        return torch.zeros((), device=inputs[places[0]].device)
+    drawn = None if stream is None else _draw_operator(stream)
+    parameters = dict(state.function.named_parameters())
+    buffers = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
+
+    def along(sample: int, floating: list[Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        given = list(inputs)
+        for place, one in zip(places, floating, strict=True):
+            given[place] = one
+        output = torch.func.functional_call(state.function, {**parameters, **buffers}, tuple(given))
+        outputs = followed(output)
+        found = directions(edit.effect.definition, outputs, drawn, arguments, sample)
+        return sum_of([(v.detach() * one).sum() for v, one in zip(found, outputs, strict=True)])
+
+    terms: list[Tensor] = []
+    samples = arguments.get("samples", 1)
+    with _generators_kept(inputs):
+        for sample in range(samples):
+            found = torch.func.grad(along, argnums=1)(sample, [inputs[place] for place in places], buffers)
+            terms += [one.square().sum() for one in found]
+    strength = strengths[0].reshape(()).to(terms[0].device)
+    penalty = (strength * sum_of(terms) / samples).to(terms[0].dtype)
+    return reduced(penalty, inputs[places[0]], edit.reduction)
+
+
+def followed(output: Any) -> list[Tensor]:
+    """What a penalty on a function follows: the loss that a model returns, or all of its floating-point tensors."""
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    found = [one for one in tensors(output if loss is None else loss) if one.is_floating_point()]
+    if not found:
+        raise FxregError("a penalty on the model's function: there is no floating-point tensor in its output.")
+    return found
+
+
+def sum_of(terms: list[Tensor]) -> Tensor:
+    """Their sum, where the first one is."""
+    result: Tensor = total(terms)
+    return result
+
+
+@contextmanager
+def _generators_kept(inputs: list[Any]) -> Iterator[None]:
+    if torch.compiler.is_compiling():
+        yield
+        return
+    devices = {one.device for one in inputs if isinstance(one, Tensor) and one.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        yield
 
 
 def reduced(penalty: Tensor, activation: Tensor, reduction: str) -> Tensor:

@@ -11,8 +11,8 @@ from .calls import reduced
 from .effects import Effect, Penalty, strength_name
 from .errors import FxregError, RuleError
 from .module import State, emitted, state_of
-from .observing import observing
-from .planning import LeaveToCompanion, Penalize, PenalizeActivation, PullBack
+from .observing import observing, slopes
+from .planning import LeaveToCompanion, Penalize, PenalizeActivation, PenalizeFunction, PullBack
 from .snapshots import borrowed
 from .structure import fresh, map_tensors
 
@@ -138,9 +138,9 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     parameters = dict(emitted(gm).named_parameters())
     found: dict[str, Tensor] = {}
     plan = state.provenance.plan
-    if plan.activations and not inputs:
+    if plan.on_forward and not inputs:
         raise FxregError(
-            f"penalties: rule {plan.activations[0].label!r} is on activations, which depend on inputs. Pass them: "
+            f"penalties: rule {plan.on_forward[0].label!r} is on activations, which depend on inputs. Pass them: "
             "fxreg.penalties(gm, *inputs)."
         )
 
@@ -148,13 +148,13 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
         found[label] = found[label] + value.to(found[label].device) if label in found else value
 
     for edit in plan.edits:
-        if isinstance(edit, PenalizeActivation):
+        if isinstance(edit, PenalizeActivation | PenalizeFunction):
             add(edit.label, torch.zeros(()))
         elif isinstance(edit.effect.definition, Penalty):
             live = live_strengths(state, edit.label, edit.effect)
             value = edit.effect.definition.formula.value(parameters[edit.site], live, live_arguments(state, edit))
             add(edit.label, value)
-    if plan.activations:
+    if plan.on_forward:
         args = map_tensors(fresh, inputs)
         note = lambda edit, activation: add(edit.label, activation_value(state, edit, activation))  # noqa: E731
         # Torch's layers take other ways where no gradient is wanted.
@@ -164,7 +164,22 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
             observing(state.model, plan.activations, note),
         ):
             state.model(*args)
+            for edit in plan.functions:
+                add(edit.label, function_value(state, edit, state.model, args, {}))
     return {label: value.detach() for label, value in found.items()}
+
+
+def function_value(state: State, edit: PenalizeFunction, model: nn.Module, args: Any, kwargs: Any) -> Tensor:
+    """What a rule's penalty on the function is, in the forward call behind the last one."""
+    stream = None
+    if edit.effect.definition.has_stream:
+        stream = state.get_buffer(state.provenance.streams[edit.label, edit.site]).clone()
+        stream[1] += 1
+    found = slopes(model, args, kwargs, edit, stream)
+    value = torch.stack([one.square().sum() for _, gradients in found for one in gradients]).sum()
+    value = value / edit.effect.arguments.get("samples", 1)
+    (strength,) = live_strengths(state, edit.label, edit.effect).values()
+    return reduced((strength.reshape(()).to(value.device) * value).to(value.dtype), found[0][0], edit.reduction)
 
 
 def activation_value(state: State, edit: PenalizeActivation, activation: Tensor) -> Tensor:

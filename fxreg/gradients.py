@@ -5,14 +5,13 @@ before any penalty's gradient is added. None of the nonlinear ones commutes with
 reduction over ranks: clipping four micro-batches' gradients is not clipping their sum. They act on what they see.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from .arguments import Stream, Strength
 from .effects import gradient
 from .groups import group_norms
+from .hashing import standard_normal
 from .joining import joint_gradient
 from .norms import norm
 
@@ -314,38 +313,9 @@ def add_noise(
     key, step = stream.unbind()
     deviation = (eta / step.to(grad.dtype) ** gamma).sqrt()
     index = torch.arange(grad.numel(), device=grad.device).reshape(grad.shape)
-    return grad + deviation * _standard_normal(key, step, index).to(grad.dtype)
+    return grad + deviation * standard_normal(key, step, index).to(grad.dtype)
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:
     """The 2-norm of each output unit, of all of a vector or scalar; broadcastable against the tensor."""
     return group_norms(tensor, 0) if tensor.ndim > 1 else norm(tensor)
-
-
-def _standard_normal(key: Tensor, step: Tensor, index: Tensor) -> Tensor:
-    """Box–Muller over two hashed uniforms per element, in float64."""
-    first = _uniform(_mixed(_mixed(key + step * 0x632BE59BD9B4E019) + 2 * index))
-    second = _uniform(_mixed(_mixed(key + step * 0x632BE59BD9B4E019) + 2 * index + 1))
-    return torch.sqrt(-2 * torch.log(first)) * torch.cos(2 * math.pi * second)
-
-
-def _mixed(bits: Tensor) -> Tensor:
-    """splitmix64's finalizer (Steele, Lea and Flood, 2014) on wrapping int64."""
-    bits = bits + _signed(0x9E3779B97F4A7C15)
-    bits = (bits ^ _shifted(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
-    bits = (bits ^ _shifted(bits, 27)) * _signed(0x94D049BB133111EB)
-    return bits ^ _shifted(bits, 31)
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """Logical right shift: torch's is arithmetic."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
-
-
-def _signed(constant: int) -> int:
-    return constant - (1 << 64) if constant >= 1 << 63 else constant
-
-
-def _uniform(bits: Tensor) -> Tensor:
-    """The top 52 bits as a float64 strictly between 0 and 1."""
-    return (_shifted(bits, 12).to(torch.float64) + 0.5) * 2.0**-52

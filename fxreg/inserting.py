@@ -1,5 +1,6 @@
 """Writing into a graph: nodes with their rule's label, and the buffers that they read."""
 
+import hashlib
 import itertools
 import keyword
 import re
@@ -13,7 +14,7 @@ from .anchoring import anchor_of
 from .captured import Captured
 from .effects import Effect, Penalty, strength_name
 from .module import CHILD, Provenance, State, scalar_dtype
-from .planning import Emit, LeaveToCompanion, Penalize, PenalizeActivation, Plan, PullBack
+from .planning import Emit, LeaveToCompanion, Penalize, PenalizeActivation, PenalizeFunction, Plan, PullBack
 
 
 class Insertion:
@@ -124,6 +125,14 @@ class Insertion:
                 self.reads[buffer] = self.insert(label, "get_attr", f"{CHILD}.{buffer}", name=buffer)
         return self.reads[buffer]
 
+    def stream(self, edit: PullBack | PenalizeFunction) -> fx.Node:
+        """A read of an edit's own random stream."""
+        place = edit.label, edit.site
+        if place not in self.streams:
+            stream = torch.tensor([_stream_key(edit), 0], dtype=torch.int64, device=self.device)
+            self.streams[place] = self.buffer(".".join(filter(None, (*place, "stream"))), stream)
+        return self.read(edit.label, self.streams[place])
+
     def tensors(self, label: str, effect: Effect) -> list[fx.Node]:
         """Reads of an effect's strengths, in the order of its operator."""
         return [self.read(label, self.strengths[strength_name(label, effect, n)]) for n in effect.strengths]
@@ -152,3 +161,8 @@ def _device_of(model: nn.Module) -> torch.device:
     """Where the model is; small tensors on the CPU go with any device, also with meta."""
     devices = {p.device for p in model.parameters() if p.device.type != "meta"}
     return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+
+def _stream_key(edit: PullBack | PenalizeFunction) -> int:
+    words = f"{edit.effect.arguments.get('seed', 0)}\n{edit.label}\n{edit.site}".encode()
+    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)

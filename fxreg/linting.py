@@ -17,7 +17,7 @@ from .invariance import Invariant, find_invariant
 from .lints import NORMS, Lint, named
 from .matching import match
 from .module import RegularizedModule, State, original, state_of
-from .planning import LeaveToCompanion, Penalize, PenalizeActivation, Plan, PullBack, plan
+from .planning import LeaveToCompanion, Penalize, PenalizeActivation, PenalizeFunction, Plan, PullBack, plan
 from .regularizers import elastic_net, l2
 from .rules import Rule, checked_rules
 
@@ -160,7 +160,7 @@ def _decays(edit: Penalize | PullBack | LeaveToCompanion) -> bool:
 
 
 def _on_parameters(planned: Plan) -> list[Penalize | PullBack | LeaveToCompanion]:
-    return [edit for edit in planned.edits if not isinstance(edit, PenalizeActivation)]
+    return [edit for edit in planned.edits if not isinstance(edit, PenalizeActivation | PenalizeFunction)]
 
 
 def _by_label(edits: Iterable[Penalize | PullBack | LeaveToCompanion]) -> Iterator[tuple[str, tuple[str, ...]]]:

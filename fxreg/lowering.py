@@ -1,6 +1,5 @@
 """lower: (captured graph, plan) → the emitted module. The only stage that writes into a graph."""
 
-import hashlib
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from .errors import CaptureError
 from .hidden_uses import hidden_uses
 from .inserting import Insertion
 from .module import CHILD, RegularizedModule, located
-from .penalizing import check_called, penalize_activations, unseen
+from .penalizing import check_called, penalize_activations, penalize_functions, unseen
 from .planning import Emit, Penalize, Plan, PullBack
 
 _WHOLE_MODEL: dict[Any, int] = {calls.call_model: 1, calls.call_model_penalized: 2}
@@ -36,6 +35,8 @@ def lower(model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> Regul
         _Lowering(model, one, plan, emit, lowering, which) for which, one in enumerate(captured.chain[1:], start=1)
     ]
     vars(lowering.state)["others"] = tuple(one.emitted() for one in others)  # no children: they have the state for one
+    if plan.functions:
+        vars(lowering.state)["function"] = lower(model, captured, Plan(()), "backward")
     check_called(plan, [lowering.calls, *(one.calls for one in others)])
     return gm
 
@@ -57,6 +58,7 @@ class _Lowering(Insertion):
                 self.insert("", "call_function", calls.refuse, (why,))
         else:
             terms = penalize_activations(self)
+            terms += penalize_functions(self)
         self._pull_gradients()
         self._add_penalties(terms)
         for node in self.graph.nodes:
@@ -128,11 +130,7 @@ class _Lowering(Insertion):
         definition = edit.effect.definition
         scale, tensors = self.read("", "loss_scale"), self.tensors(edit.label, edit.effect)
         if isinstance(definition, Gradient) and definition.has_stream:
-            place = edit.label, edit.site
-            if place not in self.streams:
-                stream = torch.tensor([_stream_key(edit), 0], dtype=torch.int64, device=self.device)
-                self.streams[place] = self.buffer(f"{edit.label}.{edit.site}.stream", stream)
-            tensors = self._in_schema_order(definition, tensors, self.read(edit.label, self.streams[place]))
+            tensors = self._in_schema_order(definition, tensors, self.stream(edit))
         return [scale, *tensors]
 
     @staticmethod
@@ -234,11 +232,6 @@ def _parameter_names(model: nn.Module) -> dict[str, str]:
         name: first.setdefault(id(parameter), name)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-
-
-def _stream_key(edit: PullBack) -> int:
-    words = f"{edit.effect.arguments.get('seed', 0)}\n{edit.label}\n{edit.site}".encode()
-    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
 
 
 def _refuse_hidden_uses(model: nn.Module, pulls: tuple[tuple[PullBack, ...], ...]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from .anchoring import check_anchors
 from .effects import Effect, strength_name
 from .errors import MatchError, RuleError
+from .functions import FunctionPenalty
 from .kinds import Kind, kinds
 from .layers import is_layer
 from .rules import Layer, Rule, is_literal, matcher
@@ -97,7 +98,8 @@ def _selected(rule: Rule, label: str, sites: tuple[Site, ...], owned: Mapping[st
 
 def _selected_activations(rule: Rule, label: str, sites: Iterable[ActivationSite]) -> Iterator[ActivationSite]:
     """The modules whose activations a rule acts on, or in whose forwards it looks for calls, in order."""
-    named = matcher("*" if rule.name is None else rule.name)
+    about_all = isinstance(rule.effect.definition, FunctionPenalty)
+    named = matcher("" if about_all else "*" if rule.name is None else rule.name)
     excluded = [matcher(pattern) for pattern in rule.excludes]
     for site in sites:
         if rule.op is not None and (is_layer(site.layer) or type(site.layer) is nn.Sequential):

@@ -106,6 +106,7 @@ class State(nn.Module):
     loss_scale: Tensor
     others: "tuple[RegularizedModule, ...]"
     islands: "dict[str, RegularizedModule]"
+    function: "RegularizedModule"
 
     @property
     def model(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Seeing activations pass while a model runs as it is: no graph, and none of the emitted operators."""
+"""What rules on forward calls are about, seen while a model runs as it is: without a graph or an emitted operator."""
 
 import itertools
 import threading
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .calls import followed
+from .functions import directions
 from .interception import lock
 from .layers import is_layer
-from .planning import PenalizeActivation
-from .structure import tensors
+from .planning import PenalizeActivation, PenalizeFunction
+from .structure import map_tensors, tensors
 from .torch_calls import as_node, is_call_of, name_of
 
 Note = Callable[[PenalizeActivation, Tensor], None]
@@ -94,3 +96,40 @@ def _tell(edits: Sequence[PenalizeActivation], values: Any, note: Note) -> None:
         found = {id(one): one for one in tensors(values) if one.is_floating_point()}
         for edit, tensor in itertools.product(edits, found.values()):
             note(edit, tensor.clone())
+
+
+@torch.enable_grad()
+def slopes(
+    model: nn.Module, args: Any, kwargs: Any, edit: PenalizeFunction, stream: Tensor | None
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """The floating-point tensors among the arguments, with the gradients that a penalty on the function squares.
+
+    The model runs again; its buffers and torch's generators are put back.
+    """
+    inputs: dict[int, Tensor] = {}
+
+    def follow(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return inputs.setdefault(id(tensor), tensor if tensor.requires_grad else tensor.detach().requires_grad_())
+
+    args, kwargs = map_tensors(follow, (args, kwargs))
+    found: list[list[Tensor]] = [[] for _ in inputs]
+    definition, arguments = edit.effect.definition, edit.effect.arguments
+    for sample in range(arguments.get("samples", 1)):
+        before = [buffer.detach().clone() for buffer in model.buffers()]
+        with torch.random.fork_rng():
+            outputs = followed(model(*args, **kwargs))
+        scalar = [
+            (v.detach() * one).sum()
+            for v, one in zip(directions(definition, outputs, stream, arguments, sample), outputs, strict=True)
+        ]
+        gradients = torch.autograd.grad(
+            torch.stack(scalar).sum(), list(inputs.values()), create_graph=True, materialize_grads=True
+        )
+        for gradient, place in zip(gradients, found, strict=True):
+            place.append(gradient)
+        for buffer, old in zip(model.buffers(), before, strict=True):
+            if not torch.equal(buffer, old):  # writing the same would spoil the backward pass
+                buffer.data.copy_(old)
+    return list(zip(inputs.values(), found, strict=True))

@@ -265,6 +265,12 @@ def advance(stream: Tensor) -> None:
             stream.select(0, 1).add_(1)
 
 
+def _drawn(stream: Tensor) -> Tensor:
+    """A random stream as it is to be used in this forward call."""
+    advance(stream)
+    return stream.clone()
+
+
 def _attach(outputs: Sequence[Tensor], penalties: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
     bases = [id(output._base) if output._is_view() else id(output) for output in outputs]
     aliased = [bases.count(base) > 1 for base in bases]
@@ -281,3 +287,4 @@ def _total(penalties: Sequence[Tensor]) -> Tensor:
 
 attach = define("attach", "", "(Tensor[] outputs, Tensor[] penalties, Tensor scale) -> Tensor[]", _attach)
 total = define("total", "", "(Tensor[] penalties) -> Tensor", _total)
+drawn = define("drawn", "", "(Tensor(a!) stream) -> Tensor", _drawn)

@@ -8,7 +8,9 @@ from torch import fx
 from . import calls, operators
 from .errors import MatchError
 from .inserting import Insertion
+from .layers import is_plain_layer
 from .locating import Spot, is_written_later, regions, spots
+from .module import CHILD
 from .planning import PenalizeActivation, Plan
 from .rules import op_name
 
@@ -32,8 +34,30 @@ def penalize_activations(into: Insertion) -> list[fx.Node]:
     return terms
 
 
+def penalize_functions(into: Insertion) -> list[fx.Node]:
+    """Penalties whose nodes call the captured graph itself, at its end."""
+    places = [node for node in into.graph.nodes if node.op == "placeholder"]
+    terms = []
+    for which, edit in enumerate(into.plan.functions):
+        stream = into.stream(edit) if edit.effect.definition.has_stream else None
+        with into.graph.inserting_before(into.output):
+            state = into.insert(edit.label, "get_attr", CHILD)
+            strengths, named = into.tensors(edit.label, edit.effect), dict(edit.effect.arguments)
+            args = (state, which, places, strengths, stream, named, into.emit != "backward")
+            terms.append(into.insert(edit.label, "call_function", calls.penalize_function, args, name=edit.label))
+    return terms
+
+
 def unseen(into: Insertion) -> str | None:
-    """Why it cannot be told where a rule on calls of a function acts, if it cannot."""
+    """Why this graph cannot be given what the rules on forward calls ask for, if it cannot."""
+    doing_more = (path for path in into.opaque if not is_plain_layer(into.model.get_submodule(path)))
+    if into.plan.functions and (path := next(doing_more, None)) is not None:
+        reason = into.opaque[path]
+        return (
+            f"rule {into.plan.functions[0].label!r} calls the captured graph a second time, and in it "
+            f"{path or 'the model itself'} runs as it is ({reason}): what it does beside its values would be done "
+            "twice. Pass example_inputs= so that more can be captured, or penalize by hand."
+        )
     for edit in into.plan.activations:
         if edit.op is None:
             continue

@@ -8,6 +8,7 @@ import torch
 from tabulate import tabulate
 
 from .effects import Effect, Via
+from .functions import FunctionPenalty
 from .lints import Lint, lint_matches
 from .matching import Match
 from .rules import On, Op, Reduction, op_name
@@ -74,7 +75,19 @@ class PenalizeActivation:
         return f"{self.on} of {op_name(self.op)} in {where}"
 
 
-Edit: TypeAlias = Penalize | PenalizeActivation | PullBack | LeaveToCompanion
+@dataclass(frozen=True)
+class PenalizeFunction:
+    """Add s·R(f) to the objective for every call: a penalty node that calls the captured graph itself."""
+
+    label: str
+    effect: Effect
+    reduction: Reduction
+    site: str = ""
+
+
+OnForward: TypeAlias = PenalizeActivation | PenalizeFunction
+"""What is about a forward call, and not about parameters."""
+Edit: TypeAlias = Penalize | OnForward | PullBack | LeaveToCompanion
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,14 @@ class Plan:
     @property
     def activations(self) -> tuple[PenalizeActivation, ...]:
         return tuple(edit for edit in self.edits if isinstance(edit, PenalizeActivation))
+
+    @property
+    def functions(self) -> tuple[PenalizeFunction, ...]:
+        return tuple(edit for edit in self.edits if isinstance(edit, PenalizeFunction))
+
+    @property
+    def on_forward(self) -> tuple[OnForward, ...]:
+        return (*self.activations, *self.functions)
 
     @property
     def effects(self) -> dict[str, Effect]:
@@ -128,7 +149,7 @@ class Plan:
         header = ("rule", "effect", "parameter", "shape", "size", "lowering", "notes")
         align = ("left", "left", "left", "left", "right", "left", "left")
         return tabulate(
-            [_row(edit, bool(self.activations)) for edit in self.edits], header, disable_numparse=True, colalign=align
+            [_row(edit, bool(self.on_forward)) for edit in self.edits], header, disable_numparse=True, colalign=align
         )
 
 
@@ -140,6 +161,9 @@ def plan(matches: tuple[Match, ...]) -> Plan:
 def _edits(matches: tuple[Match, ...]) -> Iterator[Edit]:
     for match in matches:
         activations = [site for site in match.sites if isinstance(site, ActivationSite)]
+        if isinstance(match.rule.effect.definition, FunctionPenalty):
+            yield PenalizeFunction(match.label, match.rule.effect, match.rule.reduction)
+            continue
         together = [activations] if match.rule.op and activations else [[site] for site in activations]
         for sites in together:
             paths, aliases = tuple(site.name for site in sites), sites[0].aliases if match.rule.op is None else ()
@@ -160,12 +184,14 @@ def _edits(matches: tuple[Match, ...]) -> Iterator[Edit]:
                     assert_never(unknown)
 
 
-def _row(edit: Edit, with_activations: bool) -> tuple[str, ...]:
-    notes = [f"also {', '.join(edit.aliases)}"] if edit.aliases else []
+def _row(edit: Edit, on_forward: bool) -> tuple[str, ...]:
+    aliases = () if isinstance(edit, PenalizeFunction) else edit.aliases
+    notes = [f"also {', '.join(aliases)}"] if aliases else []
     match edit:
-        case PenalizeActivation():
+        case PenalizeActivation() | PenalizeFunction():
+            where = edit.site or "input of the model"
             notes += ["each call"] if edit.reduction == "sum" else [f"each call, {edit.reduction}"]
-            return (edit.label, repr(edit.effect), edit.site, "", "", "penalty", "; ".join(notes))
+            return (edit.label, repr(edit.effect), where, "", "", "penalty", "; ".join(notes))
         case Penalize():
             lowering = "penalty"
             notes += [] if edit.trainable else ["frozen: counts in the value, gets no gradient"]
@@ -173,8 +199,8 @@ def _row(edit: Edit, with_activations: bool) -> tuple[str, ...]:
             lowering = "gradient"
             if edit.effect.definition.default_via == "penalty":
                 notes.append("only where the backward pass reaches it")
-            elif with_activations:
-                notes.append("acts on the gradients of penalties on activations, too")
+            elif on_forward:
+                notes.append("acts on the gradients of penalties on forward calls, too")
             notes += ["jointly with the others of its rule"] if edit.effect.definition.is_joint else []
             notes += [] if edit.trainable else ["frozen: has no gradient to act on"]
         case LeaveToCompanion():

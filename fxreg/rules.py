@@ -10,6 +10,7 @@ from torch import nn
 
 from .effects import Definition, Effect, Via
 from .errors import RuleError
+from .functions import FunctionPenalty
 
 if TYPE_CHECKING:
     from .sites import AnySite
@@ -124,6 +125,11 @@ class Rule(_Acts, _Keys):
             raise RuleError(
                 f"{who}: {effect.name} has a tensor for each parameter ({effect.definition.anchors[0]}), and "
                 "activations have none. Leave out on=."
+            )
+        if isinstance(effect.definition, FunctionPenalty) and (on != "input" or layer or op or name or exclude):
+            raise RuleError(
+                f"{who}: {effect.name} is about how the whole model's output follows its input: on='input', and no "
+                "layer=, op=, name= or exclude=."
             )
         fields: dict[str, Any] = {
             "effect": effect,

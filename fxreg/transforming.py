@@ -77,9 +77,9 @@ def transform(
     refuse_transformed(root)
     with _without_collection():
         planned = plan(match(root, checked_rules(rules)))
-        if captured is not None and planned.activations:
+        if captured is not None and planned.on_forward:
             raise CaptureError(
-                f"rule {planned.activations[0].label!r} is on activations, and an exported program no longer tells "
+                f"rule {planned.on_forward[0].label!r} is on activations, and an exported program no longer tells "
                 "which of its values were a layer's. Transform the model that was exported."
             )
         marked = frozenset(site for edit in planned.activations for site in edit.sites if edit.op is None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .capture import Examples, split_examples
-from .controls import activation_value, live_arguments, live_strengths
+from .controls import activation_value, function_value, live_arguments, live_strengths
 from .effects import Gradient, Penalty
 from .errors import VerifyError
 from .exported import ExportedModule
@@ -138,6 +138,8 @@ def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: 
     edits = () if is_emitted else state.provenance.plan.activations
     with observing(module, edits, lambda edit, one: passing.append(activation_value(state, edit, one))):
         output = module(*args, **kwargs)
+    if not is_emitted:
+        passing += [function_value(state, edit, module, args, kwargs) for edit in state.provenance.plan.functions]
     buffers = {name: buffer.detach().clone() for name, buffer in state.model.named_buffers()}
     parameters: dict[str, Tensor] = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
     parameters |= {f"input {k}": t for k, t in enumerate(tensors((args, kwargs))) if t.requires_grad and t.is_leaf}

@@ -34,7 +34,7 @@ def _injected(state: State) -> list[str]:
     plan = state.provenance.plan
     added = [edit for edit in plan.edits if isinstance(edit, PullBack) and isinstance(edit.effect.definition, Penalty)]
     attached = plan.penalties if state.provenance.emit == "backward" else ()
-    if plan.activations and state.provenance.emit == "backward":  # they reach whatever lies before them
+    if plan.on_forward and state.provenance.emit == "backward":  # they reach whatever lies before them
         return [name for name, _ in state.model.named_parameters()]
     return [edit.site for edit in (*attached, *added)]
 
