@@ -8,6 +8,7 @@ from typing import Any
 import fxreg
 from fxreg.constraining import Constraint
 from fxreg.effects import Definition, Gradient, OptimizerOption, Penalty, registry
+from fxreg.functions import FunctionPenalty
 from fxreg.joining import Joint
 
 PAGE = Path(__file__).parents[1] / "docs" / "effects.md"
@@ -21,6 +22,11 @@ _SECTIONS: dict[type, tuple[str, str]] = {
     Penalty: (
         "Penalties",
         "The objective becomes loss + s·R(w), for each parameter w by itself; w_g is a group of it.",
+    ),
+    FunctionPenalty: (
+        "Penalties on the function",
+        "The objective becomes loss + s·R(f), for the function f from the model's input to its output: rules with "
+        '`on="input"`.',
     ),
     Gradient: (
         "Gradient transforms",
