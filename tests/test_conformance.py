@@ -232,7 +232,7 @@ def test_complex_and_integer_parameters_are_refused(name: str) -> None:
 def stepped(effect: Any, weight: Tensor) -> Tensor:
     """The weight after one step that is all the proximal operator's: the loss's gradient is 0."""
     model = Dot(weight)
-    gm = fxreg.transform(model, fxreg.Rule(effect, via="proximal"))
+    gm = fxreg.transform(model, fxreg.Rule(fitted(effect, weight), via="proximal"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fxreg.ProximalStep(optimizer, gm)
     gm(torch.zeros_like(weight)).backward()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import filters, quickstart, sparse_features
+from examples import autoencoder, filters, quickstart, sparse_features
 
 README = Path(__file__).parents[1] / "README.md"
 _EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -120,6 +120,18 @@ def test_the_features_that_are_chosen_are_those_of_lasso(capsys: pytest.CaptureF
     assert all(row[1] == row[2] for row in rows)
     assert float(rows[0][4]) < 1e-6
     assert re.search(r"^The features at 5: sex, bmi, ", printed, re.MULTILINE)
+
+
+def test_a_sparse_autoencoder_has_units_that_are_off(capsys: pytest.CaptureFixture[str]) -> None:
+    autoencoder.main(["--epochs", "10", "--strength", "0.1", "--no-compile"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^sparse +kl_sparsity\(0\.1, .*\) +output of encode\.1 +penalty", printed, re.MULTILINE)
+    rows = re.findall(r"^(without rules|kl_sparsity) +(\S+) +(\S+) +(\d+)%$", printed, re.MULTILINE)
+    (_, error, active, off), (_, sparse_error, sparse_active, sparse_off) = rows
+    assert float(error) < float(sparse_error) < 2.0
+    assert float(sparse_active) < 0.5 * float(active)
+    assert int(off) < 20
+    assert int(sparse_off) > 60
 
 
 if __name__ == "__main__":
