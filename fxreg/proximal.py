@@ -18,6 +18,8 @@ from .updates import has_moved
 
 _OTHER_STEPS = (torch.optim.LBFGS, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor)
 """The optimizers whose steps are not of the size that `lr` in their groups says."""
+_TOGETHER = 1 << 20
+"""About how many elements are computed at once: enough to be worth a launch, and no second copy of a large model."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,19 @@ class _Operator:
 
     label: str
     effect: Effect
+    arguments: dict[str, Any]
     formula: ProximalFormula
     weights: dict[Tensor, LeaveToCompanion]
 
     def batches(self, weights: list[Tensor]) -> Iterable[list[Tensor]]:
-        """Some of its weights, as the formula takes them: all of one device and dtype, or one by one."""
+        """Some of its weights, as the formula takes them: several of one device and dtype, or one by one."""
         if not self.formula.foreach or self.formula.anchors:
             return [[weight] for weight in weights]
-        found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        found: dict[tuple[torch.device, torch.dtype, int], list[Tensor]] = {}
+        total = 0
         for weight in weights:
-            found.setdefault((weight.device, weight.dtype), []).append(weight)
+            total += weight.numel()
+            found.setdefault((weight.device, weight.dtype, total // _TOGETHER), []).append(weight)
         return found.values()
 
 
@@ -113,9 +118,11 @@ class ProximalStep:
             for group in optimizer.param_groups:
                 weights = [p for p in group["params"] if p in operator.weights and has_moved(optimizer, p)]
                 for batch in operator.batches(weights):
-                    edit = operator.weights[batch[0]]
+                    edit, named = operator.weights[batch[0]], operator.arguments
+                    if operator.formula.anchors:
+                        named = live_arguments(self._state, edit)
                     try:
-                        new = operator.formula.moved(batch, group["lr"], live, live_arguments(self._state, edit))
+                        new = operator.formula.moved(batch, group["lr"], live, named)
                     except RuleError as error:
                         raise RuleError(
                             f"rule {operator.label!r}: the proximal operator of {operator.effect.name} at "
@@ -145,7 +152,8 @@ def _operators(edits: Iterable[LeaveToCompanion], parameters: dict[str, nn.Param
     for label, own in labels.items():
         formula = own[0].effect.definition.prox
         assert formula is not None
-        yield _Operator(label, own[0].effect, formula, {parameters[edit.site]: edit for edit in own})
+        effect = own[0].effect
+        yield _Operator(label, effect, dict(effect.arguments), formula, {parameters[edit.site]: edit for edit in own})
 
 
 def _check(

@@ -119,8 +119,10 @@ def _(weights: list[Tensor], step: Tensor, *, l1: Tensor, l2: Tensor) -> list[Te
 def soft_thresholded(weights: list[Tensor], threshold: Tensor) -> list[Tensor]:
     """sign(w)·max(|w| − threshold, 0)."""
     sizes = torch._foreach_abs(weights)
-    sizes = torch._foreach_clamp_min(torch._foreach_add(sizes, -threshold.to(weights[0].dtype)), 0.0)
-    return list(torch._foreach_mul(sizes, torch._foreach_sign(weights)))
+    torch._foreach_add_(sizes, threshold.to(weights[0].dtype), alpha=-1)
+    torch._foreach_clamp_min_(sizes, 0.0)
+    torch._foreach_mul_(sizes, torch._foreach_sign(weights))
+    return list(sizes)
 
 
 def _divided(weights: list[Tensor], divisor: Tensor) -> list[Tensor]:

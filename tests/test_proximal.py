@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxreg
 from fxreg.effects import Penalty, registry
@@ -151,6 +152,7 @@ def test_zeros_stay_zero_and_finite_and_no_strength_moves_nothing(name: str) -> 
     effect = (CONVEX | NONCONVEX)[name][0]  # type: ignore[operator]
     assert torch.equal(moved(effect, torch.zeros(3, 4)), torch.zeros(3, 4))
     w = draw_weight(0)
+    w[0] = 0
     gm = fxreg.transform(model := Holder(w), fxreg.Rule(effect, via="proximal"))
     for strength in fxreg.strengths(gm).values():
         strength.fill_(0)
@@ -466,6 +468,23 @@ def test_rules_on_one_parameter_act_in_their_order() -> None:
     assert not torch.allclose(after(rules[::-1]), after(rules))
 
 
+@pytest.mark.parametrize("together", [1, 20, 1 << 20])
+def test_however_many_are_computed_at_once_and_of_which_dtypes(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fxreg.proximal, "_TOGETHER", together)
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float64)
+    model = nn.ParameterList([nn.Parameter(draw_weight(k).to(dtype)) for k, dtype in enumerate(dtypes)])
+    start = [p.detach().clone() for p in model]
+    model.forward = lambda x: x * sum(p.sum() for p in model)  # type: ignore[method-assign]
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.elastic_net(0.3, 0.2), via="proximal"))
+    optimizer = optim.SGD(model.parameters(), lr=0.5)
+    fxreg.ProximalStep(optimizer, gm)
+    for p in model:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, w in zip(model, start, strict=True):
+        torch.testing.assert_close(p.detach(), (soft(w.double(), 0.15) / 1.2).to(w.dtype))
+
+
 def test_a_tied_weight_moves_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -737,14 +756,16 @@ def test_the_hook_compiles_into_one_graph_and_not_again_when_strengths_change(ef
 @pytest.mark.slow
 def test_an_optimizer_step_compiled_by_inductor_takes_the_hook_along() -> None:
     reference, (model, gm) = make(), regularized()
-    optimizer = optim.SGD(reference.parameters(), lr=0.1, momentum=0.5)
+    optimizer = optim.SGD(reference.parameters(), lr=0.125)
     train(reference, optimizer, after=by_hand(reference, lambda w, lr: soft(w, lr * LAM), optimizer))
-    optimizer = optim.SGD(model.parameters(), lr=torch.tensor(0.1, dtype=torch.float64), momentum=0.5)
+    optimizer = optim.SGD(model.parameters(), lr=torch.tensor(0.125))
     fxreg.ProximalStep(optimizer, gm)
-    step = torch.compile(lambda: optimizer.step())
+    counter = CompileCounterWithBackend("inductor")
+    step = torch.compile(lambda: optimizer.step(), backend=counter)
     for _ in range(20):
         optimizer.zero_grad()
         loss_of(gm).backward()
         step()
     assert_same(model, reference, 1e-10)
     assert zeros(model) == zeros(reference) > 0
+    assert counter.frame_count == 2  # the optimizer's, which itself breaks off behind it, and this
