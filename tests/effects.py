@@ -17,6 +17,9 @@ _HEAD = """# Every effect
 What a rule can do to the parameters that it matches. Written from the registry by `python -m tests.effects`; the
 docstring of each effect says more: units, errors, kinks, an example. `via` lists the lowerings: the first is what
 happens unless the rule says otherwise. [Methods](methods.md) says what each of them is, and what it costs.
+
+The suite compares them with other people's numbers: Keras's regularizers and constraints, run on torch; Optax's and
+timm's gradient transforms; the solutions of scikit-learn's linear models; and, for all of them, finite differences.
 """
 _SECTIONS: dict[type, tuple[str, str]] = {
     Penalty: (
