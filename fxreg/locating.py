@@ -1,7 +1,9 @@
 """locate: (model, captured graph, edit) → the calls in the graph whose activations it acts on."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -36,44 +38,67 @@ class Spot:
     is_tensor: bool
 
 
-def spots(model: nn.Module, graph: fx.Graph, edit: PenalizeActivation) -> Iterator[Spot]:
-    """Every call that the graph shows, in order."""
-    for node in graph.nodes:
+class Places:
+    """What a graph calls, looked up by what is called."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self._model, self._graph = model, graph
+        self._marks: dict[tuple[Any, Any], list[fx.Node]] = {}
+        self._regions: dict[nn.Module, list[tuple[fx.Node, str]]] = {}
+        self._whole: dict[nn.Module, list[fx.Node]] = {}
+        self._writers: list[fx.Node] = []
+        for node in graph.nodes:
+            if node.target is calls.passes:
+                self._marks.setdefault((node.args[1], node.args[2]), []).append(node)
+            elif node.op == "call_module" or node.target is calls.call_model:
+                for inner, module in self._inside(node):
+                    self._regions.setdefault(module, []).append((node, inner))
+                if node.op == "call_module":
+                    self._whole.setdefault(model.get_submodule(str(node.target)), []).append(node)
+            if _may_write(model, node):
+                self._writers.append(node)
+        self._written = functools.cache(written)
+
+    def _inside(self, node: fx.Node) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that a node calls as a whole; what passes a module that it calls itself is marked."""
+        if node.op != "call_module":
+            yield from self._model.named_modules()
+        elif (module := self._model.get_submodule(str(node.target)))._modules:
+            yield from ((inner, one) for inner, one in module.named_modules() if one is not module)
+
+    def spots(self, edit: PenalizeActivation) -> Iterator[Spot]:
+        """Every call that the graph shows, in order."""
         if edit.op is None:
-            if node.target is calls.passes and node.args[1] == edit.sites[0] and node.args[2] == edit.on:
-                yield _spot(model, node, node.args[0])
-        elif is_call_of(edit.op, node.op, node.target) and _stands_in(node) in edit.sites:
-            if edit.on == "output":
-                yield _spot(model, node.next, (node,))
-            else:
-                taken = dict.fromkeys(nodes_in((node.args, node.kwargs)))
-                yield _spot(model, node, tuple(one for one in taken if one.op != "get_attr"))
+            for node in self._marks.get((edit.sites[0], edit.on), ()):
+                yield self._spot(node, node.args[0])
+            return
+        sites = {*edit.sites}
+        for node in [*self._graph.nodes]:
+            if is_call_of(edit.op, node.op, node.target) and _stands_in(node) in sites:
+                if edit.on == "output":
+                    yield self._spot(node.next, (node,))
+                else:
+                    taken = dict.fromkeys(nodes_in((node.args, node.kwargs)))
+                    yield self._spot(node, tuple(one for one in taken if one.op != "get_attr"))
 
-
-def regions(model: nn.Module, graph: fx.Graph, edit: PenalizeActivation) -> Iterator[tuple[fx.Node, str]]:
-    """Every call of a module as a whole in which the edit may find activations, and where in that module."""
-    for node in graph.nodes:
-        if node.op != "call_module" and node.target is not calls.call_model:
-            continue
-        region = model if node.op != "call_module" else model.get_submodule(str(node.target))
+    def regions(self, edit: PenalizeActivation) -> Iterator[tuple[fx.Node, str]]:
+        """Every call of a module as a whole in which the edit may find activations, and where in that module."""
         for path in edit.sites:
-            site = model.get_submodule(path)
-            if edit.op is None and site is region and node.op == "call_module":
-                continue  # what passes there is marked
-            inner = next((name for name, module in region.named_modules() if module is site), None)
-            if inner is not None:
-                yield node, inner
+            site = self._model.get_submodule(path)
+            yield from self._regions.get(site, ())
+            if edit.op is not None:
+                yield from ((node, "") for node in self._whole.get(site, ()))
 
+    def is_written_later(self, spot: Spot, value: fx.Node) -> bool:
+        """Whether something behind a spot may write into the memory of a value."""
+        later = [node for node in self._writers if node >= spot.before]
+        if not later:
+            return False
+        memory = sharing_memory([value])
+        return any(not memory.isdisjoint(self._written(node)) for node in later)
 
-def is_written_later(model: nn.Module, spot: Spot, value: fx.Node) -> bool:
-    """Whether something behind a spot may write into the memory of a value."""
-    memory = sharing_memory([value])
-    node = spot.before
-    while node.op != "root":
-        if _may_write(model, node) and not memory.isdisjoint(written(node)):
-            return True
-        node = node.next
-    return False
+    def _spot(self, before: fx.Node, values: Any) -> Spot:
+        return Spot(before, values, len(values) == 1 and _is_tensor(self._model, values[0]))
 
 
 def _may_write(model: nn.Module, node: fx.Node) -> bool:
@@ -85,10 +110,6 @@ def _may_write(model: nn.Module, node: fx.Node) -> bool:
 
 def _is_ours(node: fx.Node) -> bool:
     return getattr(node.target, "__module__", None) == calls.__name__
-
-
-def _spot(model: nn.Module, before: fx.Node, values: tuple[fx.Node, ...]) -> Spot:
-    return Spot(before, values, len(values) == 1 and _is_tensor(model, values[0]))
 
 
 def _is_tensor(model: nn.Module, node: fx.Node) -> bool:

@@ -31,9 +31,10 @@ def observing(model: nn.Module, edits: Sequence[PenalizeActivation], note: Note)
         yield
         return
     sites = {id(model.get_submodule(path)): path for edit in edits for path in edit.sites}
-    on_modules: Mapping[str, list[PenalizeActivation]] = {
-        path: [edit for edit in edits if edit.op is None and path in edit.sites] for path in sites.values()
-    }
+    on_modules: dict[str, list[PenalizeActivation]] = {path: [] for path in sites.values()}
+    for edit in edits:
+        if edit.op is None:
+            on_modules[edit.sites[0]].append(edit)
     stack: list[nn.Module] = []
     with lock:
         original, thread = nn.Module.__call__, threading.get_ident()

@@ -9,7 +9,7 @@ from . import calls, operators
 from .errors import MatchError
 from .inserting import Insertion
 from .layers import is_plain_layer
-from .locating import Spot, is_written_later, regions, spots
+from .locating import Places, Spot
 from .module import CHILD
 from .planning import PenalizeActivation, Plan
 from .rules import op_name
@@ -17,14 +17,15 @@ from .rules import op_name
 
 def penalize_activations(into: Insertion) -> list[fx.Node]:
     """Put a penalty where activations pass, and take the marks away; returns the penalties."""
+    places = Places(into.model, into.graph)
     terms, inside = list[fx.Node](), dict[fx.Node, list[tuple[PenalizeActivation, str]]]()
     for edit in into.plan.activations:
         found = into.calls.setdefault(edit.label, [])
-        for spot in [*spots(into.model, into.graph, edit)]:
+        for spot in [*places.spots(edit)]:
             with into.graph.inserting_before(spot.before):
-                terms.append(_at(into, edit, spot))
+                terms.append(_at(into, places, edit, spot))
             found.append(terms[-1].name)
-        for node, path in regions(into.model, into.graph, edit):
+        for node, path in places.regions(edit):
             inside.setdefault(node, []).append((edit, path))
     for node, watched in inside.items():
         terms += _inside(into, node, watched)
@@ -58,14 +59,14 @@ def unseen(into: Insertion) -> str | None:
             f"{path or 'the model itself'} runs as it is ({reason}): what it does beside its values would be done "
             "twice. Pass example_inputs= so that more can be captured, or penalize by hand."
         )
-    for edit in into.plan.activations:
-        if edit.op is None:
-            continue
-        for node, inner in regions(into.model, into.graph, edit):
+    on_calls = [(edit, edit.op) for edit in into.plan.activations if edit.op is not None]
+    places = Places(into.model, into.graph) if on_calls else None
+    for edit, op in on_calls:
+        for node, inner in places.regions(edit) if places else ():
             path = "" if node.op != "call_module" else str(node.target)
             where = ".".join(filter(None, (path, inner)))
             return (
-                f"rule {edit.label!r} looks for calls of {op_name(edit.op)} in the forward of {where or 'the model'!r}"
+                f"rule {edit.label!r} looks for calls of {op_name(op)} in the forward of {where or 'the model'!r}"
                 f", which the graph does not show: {path or 'the model itself'} is called as a whole "
                 f"({into.opaque.get(path, 'a layer of its own')}). Narrow the rule with name=, layer= or "
                 f"exclude={where!r}, or pass example_inputs= so that more can be seen."
@@ -84,12 +85,10 @@ def check_called(plan: Plan, found: list[dict[str, list[str]]]) -> None:
             )
 
 
-def _at(into: Insertion, edit: PenalizeActivation, spot: Spot) -> fx.Node:
+def _at(into: Insertion, places: Places, edit: PenalizeActivation, spot: Spot) -> fx.Node:
     """A penalty on what passes at a spot."""
     values = [
-        into.insert(edit.label, "call_method", "clone", (value,))
-        if is_written_later(into.model, spot, value)
-        else value
+        into.insert(edit.label, "call_method", "clone", (value,)) if places.is_written_later(spot, value) else value
         for value in spot.values
     ]
     if not spot.is_tensor:

@@ -23,9 +23,10 @@ from torch.overrides import TorchFunctionMode
 from .calls import expect_tensor, passes
 from .executing import entering, unwatched
 from .interception import intercepted
-from .layers import ambient_state, described, is_layer, tensor_paths, whole_reason
+from .layers import ambient_state, described, is_layer, is_plain_layer, tensor_paths, whole_reason
 from .proxies import TracedValue, Untraceable, holds_proxy, proxies_in
 from .scanning import asks_for_none, code_asks_for_none, code_reason
+from .shapes import LAYER
 from .side_channels import Ledger, shorten
 from .snapshots import Snapshot, rng_state, set_rng_state
 
@@ -275,6 +276,8 @@ class SoundTracer(fx.Tracer):
     def _call(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         result = self.create_proxy("call_module", path, args, kwargs)
         result.node.meta["nn_module_stack"][path] = (path, type(module))
+        if self.marked and is_plain_layer(module) and not getattr(module, "inplace", False):
+            result.node.meta[LAYER] = type(module)
         if isinstance(module, nn.MultiheadAttention):
             return self._attention_results(result, kwargs.get("need_weights", args[4] if len(args) > 4 else True))
         return result
