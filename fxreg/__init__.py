@@ -50,7 +50,7 @@ from .joining import joint_gradient
 from .kernels import total_variation
 from .linting import lint
 from .lints import Lint
-from .matrices import nuclear_norm, orthogonal, soft_orthogonal
+from .matrices import nuclear_norm, orthogonal, soft_orthogonal, spectral
 from .network import to_networkx
 from .nonconvex import entropy, hoyer, log_sum, lp, mcp, scad, smooth_l1
 from .optimizing import param_groups
@@ -130,6 +130,7 @@ __all__ = [
     "smooth_l1",
     "soft_orthogonal",
     "sparse_group_lasso",
+    "spectral",
     "state_dict",
     "strengths",
     "strip",

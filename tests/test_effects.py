@@ -322,6 +322,61 @@ def test_at_zero_the_value_and_every_gradient_are_zero(name: str, zero: float) -
             assert not gradient_of(weight, torch.zeros(shape), PENALTIES[name].make(0.5), **keys).any()
 
 
+def _with_values(shape: tuple[int, ...], *values: float) -> Tensor:
+    """A weight whose matrix has these singular values."""
+    matrix = weights(*shape, seed=2, zeros=False).reshape(shape[0], -1)
+    left, old, right = torch.linalg.svd(matrix, full_matrices=False)
+    new = torch.zeros_like(old)
+    new[: len(values)] = torch.tensor(values)
+    return (left * new @ right).reshape(shape)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (4, 40), (3, 2, 3, 3), (1, 6), (6, 1)], ids=str)
+def test_spectral_is_the_largest_singular_value_squared_and_its_gradient_that_of_its_vectors(shape: Any) -> None:
+    weight = _with_values(shape, 3.0, *([1.5, 1.4] if min(shape[0], weights(*shape)[0].numel()) > 2 else []))
+    left, values, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    slope = 2 * 0.37 * values[0] * torch.outer(left[:, 0], right[0]).reshape(shape)
+    value, gradient = penalty_of(fxreg.spectral(0.37), weight)
+    assert float(value) == pytest.approx(0.37 * float(torch.linalg.matrix_norm(weight.flatten(1), 2)) ** 2, rel=1e-9)
+    torch.testing.assert_close(gradient, slope, rtol=1e-5, atol=1e-9)
+    for keys in LOWERINGS.values():
+        found = gradient_of(weight, torch.zeros_like(weight), fxreg.spectral(0.37), **keys)
+        torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 64, 3, 3), (300, 50), (512, 512)], ids=str)
+def test_spectral_of_random_weights_is_at_most_a_little_too_small(shape: Any) -> None:
+    """Which are the worst: there is no gap below the largest singular value."""
+    for seed in range(5):
+        weight = weights(*shape, seed=seed, zeros=False)
+        ratio = float(fxreg.spectral.function(weight)) / float(torch.linalg.matrix_norm(weight.flatten(1), 2)) ** 2
+        assert 0.96**2 < ratio < 1 + 1e-12
+        assert fxreg.spectral.function(weight, iterations=100) > fxreg.spectral.function(weight) > 0
+
+
+def test_spectral_has_a_subgradient_where_the_largest_singular_value_is_there_twice() -> None:
+    weight = _with_values((6, 5), 2.0, 2.0, 1.0)
+    gradient = gradient_of(weight, torch.zeros_like(weight), fxreg.spectral(1.0))
+    values = torch.linalg.svdvals(gradient)
+    assert values[0] == pytest.approx(4.0)
+    assert values[1] < 1e-12
+    assert float((gradient * weight).sum()) == pytest.approx(2 * 2.0**2)
+
+
+def test_spectral_of_zeros_is_zero_and_so_is_its_gradient() -> None:
+    for shape in ((3, 4), (1, 1), (2, 2, 2), (0, 3), (3, 0)):
+        value, gradient = penalty_of(fxreg.spectral(0.5), torch.zeros(shape))
+        assert float(value) == 0
+        assert not gradient.any()
+
+
+def test_spectral_needs_an_iteration_and_a_matrix() -> None:
+    with pytest.raises(fxreg.RuleError, match="iterations must be at least 1, not 0"):
+        fxreg.explain(nn.Linear(3, 2), fxreg.Rule(fxreg.spectral(1.0, iterations=0), param="weight"))
+    with pytest.raises(fxreg.RuleError, match=r"'bias'.*two dimensions"):
+        fxreg.explain(nn.Linear(3, 2), fxreg.Rule(fxreg.spectral(1.0), param="bias"))
+
+
 def test_a_group_of_exact_zeros_stays_among_others_that_do_not() -> None:
     weight = torch.tensor([[0.0, 0.0], [3.0, -4.0], [0.0, 2.0]])
     expected = torch.tensor([[0.0, 0.0], [0.6, -0.8], [0.0, 1.0]])

@@ -134,6 +134,9 @@ EXAMPLES = {
         fxreg.entropy(0.3), penalty=lambda w: 0.3 * torch.special.entr(w.abs() / w.abs().sum().clamp_min(1e-30)).sum()
     ),
     "nuclear_norm": Example(fxreg.nuclear_norm(0.3), penalty=lambda w: 0.3 * torch.linalg.matrix_norm(w, "nuc")),
+    "spectral": Example(
+        fxreg.spectral(0.3, iterations=80), penalty=lambda w: 0.3 * torch.linalg.matrix_norm(w, 2).square()
+    ),
     "orthogonal": Example(
         fxreg.orthogonal(0.3),
         penalty=lambda w: 0.3 * F.cosine_similarity(w[:, None], w[None], dim=-1).triu(1).abs().sum() / 6,
