@@ -26,7 +26,7 @@ from .constraints import (
     unit_norm,
 )
 from .controls import load_state_dict, penalties, set_loss_scale, state_dict, strengths
-from .effects import gradient, penalty
+from .decorating import gradient, penalty
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
 from .functions import input_gradient, jacobian
 from .gradients import (

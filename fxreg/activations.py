@@ -7,7 +7,7 @@ Throughout, a is one activation, its units lie along `dim`, and everything else 
 import torch
 from torch import Tensor
 
-from .effects import penalty
+from .decorating import penalty
 
 _EPSILON = 2.0**-20  # float32 has this, and 1 minus this
 

@@ -8,7 +8,7 @@ saved by `fxreg.state_dict`.
 from torch import Tensor
 
 from .arguments import Anchor
-from .effects import penalty
+from .decorating import penalty
 
 
 @penalty

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Stream, Strength
-from .effects import gradient
+from .decorating import gradient
 from .groups import group_norms
 from .hashing import standard_normal
 from .joining import joint_gradient

@@ -6,7 +6,7 @@ Throughout, w is the parameter, s the strength, and the objective becomes loss +
 import torch
 from torch import Tensor
 
-from .effects import penalty
+from .decorating import penalty
 from .groups import axes
 
 

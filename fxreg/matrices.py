@@ -6,7 +6,7 @@ Throughout, s is the strength, and the objective becomes loss + s·R(W). Linear 
 import torch
 from torch import Tensor
 
-from .effects import penalty
+from .decorating import penalty
 from .norms import norm
 
 _EPSILON = 1e-7  # Keras's

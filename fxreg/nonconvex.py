@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Strength
-from .effects import own_strengths, penalty
+from .decorating import own_strengths, penalty
 from .norms import norm
 
 

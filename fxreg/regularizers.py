@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .arguments import Strength
-from .effects import OptimizerOption, own_strengths, penalty
+from .decorating import own_strengths, penalty
+from .effects import OptimizerOption
 
 
 @penalty
