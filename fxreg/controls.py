@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import checked_strength
-from .calls import reduced
 from .effects import Effect, Penalty, strength_name
 from .errors import FxregError, RuleError
 from .module import State, emitted, state_of
 from .observing import observing, slopes
+from .penalty_calls import reduced
 from .planning import LeaveToCompanion, Penalize, PenalizeActivation, PenalizeFunction, PullBack
 from .snapshots import borrowed
 from .structure import fresh, map_tensors

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import calls
+from . import calls, penalty_calls
 from .anchoring import anchor_of
 from .captured import Captured
 from .effects import Effect, Penalty, strength_name
@@ -108,7 +108,7 @@ class Insertion:
             op, target, args, kwargs or {}, name=re.sub(r"\W", "_", name, flags=re.ASCII) or None
         )
         node.meta["fxreg"] = label
-        if getattr(target, "__module__", None) == calls.__name__:
+        if getattr(target, "__module__", None) in (calls.__name__, penalty_calls.__name__):
             node.meta["is_wrapped"] = True
         self.nodes[node.name] = label
         return node

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from . import calls, operators
+from . import calls, operators, penalty_calls
 from .captured import Captured
 from .effects import Gradient, Penalty
 from .errors import CaptureError
@@ -17,7 +17,7 @@ from .module import CHILD, RegularizedModule, located
 from .penalizing import check_called, penalize_activations, penalize_functions, unseen
 from .planning import Emit, Penalize, Plan, PullBack
 
-_WHOLE_MODEL: dict[Any, int] = {calls.call_model: 1, calls.call_model_penalized: 2}
+_WHOLE_MODEL: dict[Any, int] = {calls.call_model: 1, penalty_calls.call_model_penalized: 2}
 """Where calls of the whole model take stand-ins for parameters."""
 
 
@@ -155,7 +155,7 @@ class _Lowering(Insertion):
             called.meta.update(node.meta, is_wrapped=True)
             node.replace_all_uses_with(called)
             self.graph.erase_node(node)
-        elif node.target is calls.call_penalized and str(node.args[0].target) in inside:  # type: ignore[union-attr]
+        elif node.target is penalty_calls.call_penalized and str(node.args[0].target) in inside:  # type: ignore[union-attr]
             node.update_arg(2, inside[str(node.args[0].target)])  # type: ignore[union-attr]
         elif node.target in _WHOLE_MODEL:
             node.update_arg(_WHOLE_MODEL[node.target], dict(pulled))

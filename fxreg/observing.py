@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .calls import followed
 from .functions import directions
 from .interception import lock
 from .layers import is_layer
+from .penalty_calls import followed
 from .planning import PenalizeActivation, PenalizeFunction
 from .structure import map_tensors, tensors
 from .torch_calls import as_node, is_call_of, name_of

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx
 
-from . import calls, operators
+from . import calls, operators, penalty_calls
 from .errors import MatchError
 from .inserting import Insertion
 from .layers import is_plain_layer
@@ -45,7 +45,9 @@ def penalize_functions(into: Insertion) -> list[fx.Node]:
             state = into.insert(edit.label, "get_attr", CHILD)
             strengths, named = into.tensors(edit.label, edit.effect), dict(edit.effect.arguments)
             args = (state, which, places, strengths, stream, named, into.emit != "backward")
-            terms.append(into.insert(edit.label, "call_function", calls.penalize_function, args, name=edit.label))
+            terms.append(
+                into.insert(edit.label, "call_function", penalty_calls.penalize_function, args, name=edit.label)
+            )
     return terms
 
 
@@ -93,7 +95,7 @@ def _at(into: Insertion, places: Places, edit: PenalizeActivation, spot: Spot) -
     ]
     if not spot.is_tensor:
         return into.insert(
-            edit.label, "call_function", calls.penalize, (values, *_described(into, edit)), name=edit.label
+            edit.label, "call_function", penalty_calls.penalize, (values, *_described(into, edit)), name=edit.label
         )
     target, strengths, kwargs = into.formula(edit)
     name = f"{spot.values[0].name}_{edit.label}"
@@ -101,11 +103,11 @@ def _at(into: Insertion, places: Places, edit: PenalizeActivation, spot: Spot) -
     if edit.reduction == "sum":
         return term
     args = (term, values[0], edit.reduction)
-    return into.insert(edit.label, "call_function", calls.reduced, args, name=f"{name}_{edit.reduction}")
+    return into.insert(edit.label, "call_function", penalty_calls.reduced, args, name=f"{name}_{edit.reduction}")
 
 
 def _described(into: Insertion, edit: PenalizeActivation) -> tuple[Any, ...]:
-    """What `calls.penalize` is told of a penalty."""
+    """What `penalty_calls.penalize` is told of a penalty."""
     target, strengths, kwargs = into.formula(edit)
     name = target.name().removeprefix(f"{operators.NAMESPACE}::")
     return name, strengths, kwargs, edit.reduction, f"rule {edit.label!r}, {edit.site}"
@@ -115,10 +117,10 @@ def _inside(into: Insertion, node: fx.Node, watched: list[tuple[PenalizeActivati
     """Penalties on what passes inside a module that is called as a whole."""
     with into.graph.inserting_before(node):
         told = [(path, edit.on, *_described(into, edit)) for edit, path in watched]
-        target: Any = calls.call_model_penalized
+        target: Any = penalty_calls.call_model_penalized
         args: tuple[Any, ...] = (node.args[0], told, *node.args[1:])
         if node.op == "call_module":
-            target = calls.call_penalized
+            target = penalty_calls.call_penalized
             args = (into.graph.get_attr(str(node.target)), told, {}, node.args, dict(node.kwargs))
         called = into.insert("", "call_function", target, args, name=f"{node.name}_penalized")
         result = into.insert("", "call_function", operator.getitem, (called, 0), name=node.name)

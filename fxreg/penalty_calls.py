@@ -1,0 +1,183 @@
+"""The Python functions that emitted graphs call for penalties on forward calls: on activations, and on the function."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .calls import call_model, call_with
+from .errors import FxregError
+from .functions import directions
+from .operators import drawn as _draw_operator
+from .operators import total
+from .structure import map_tensors, tensors
+
+Watched: TypeAlias = tuple[Any, ...]
+"""A module inside another by its path, `"output"` or `"input"`, and what `penalize` is to be told."""
+Penalized: TypeAlias = tuple[Any, list[Tensor]]
+"""What a module returned, and a penalty for each module inside it that was watched."""
+
+
+def call_model_penalized(
+    state: Any,
+    watched: list[Watched],
+    substitutes: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    more_args: tuple[Any, ...] = (),
+    more_kwargs: dict[str, Any] | None = None,
+) -> Penalized:
+    """`call_model`, and what `call_penalized` gives beside."""
+    call_args = (state, substitutes, args, kwargs, more_args, more_kwargs)
+    return cast(Penalized, _penalized(state.model, watched, call_model, call_args))
+
+
+def call_penalized(
+    module: nn.Module,
+    watched: list[Watched],
+    substitutes: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Penalized:
+    """Call a module as a whole; beside what it returns, the penalties on activations of modules inside, one for each
+    that is watched."""
+    return cast(Penalized, _penalized(module, watched, call_with, (module, substitutes, args, kwargs)))
+
+
+# Dynamo would not see the hooks.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _penalized(module: nn.Module, watched: list[Watched], call: Callable[..., Any], args: tuple[Any, ...]) -> Penalized:
+    zero = torch.zeros(())
+    if not torch.is_grad_enabled() and all(arguments.get("value") is False for _, _, _, _, arguments, _, _ in watched):
+        return call(*args), [zero for _ in watched]
+    terms: list[list[Tensor]] = [[] for _ in watched]
+    thread = threading.get_ident()
+
+    def watch(path: str, on: str, found: list[Tensor], penalty: Any) -> RemovableHandle:
+        inner = module.get_submodule(path)
+
+        def note(values: Any) -> None:
+            if threading.get_ident() == thread:
+                # What is inside may write into them later.
+                found.append(penalize(map_tensors(torch.clone, values), *penalty))
+
+        if on == "output":
+            return inner.register_forward_hook(lambda module, args, output: note(output))
+        return inner.register_forward_pre_hook(
+            lambda module, args, kwargs: note((args, kwargs)), prepend=True, with_kwargs=True
+        )
+
+    handles = [watch(path, on, found, penalty) for (path, on, *penalty), found in zip(watched, terms, strict=True)]
+    try:
+        result = call(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result, [total(found) if found else zero for found in terms]
+
+
+def penalize(
+    values: Any, effect: str, strengths: list[Tensor], arguments: dict[str, Any], reduction: str, what: str
+) -> Tensor:
+    """A penalty on every floating-point tensor in some values.
+
+    Args:
+        effect: the name of the penalty's operator and its overload.
+        what: the values, for people.
+    """
+    found = {id(tensor): tensor for tensor in tensors(values) if tensor.is_floating_point()}
+    if not found:
+        raise FxregError(f"{what}: there is no floating-point tensor to penalize. Narrow the rule, or mend on=.")
+    name, overload = effect.split(".")
+    operator = getattr(getattr(torch.ops.fxreg, name), overload)
+    terms = [reduced(operator(one, *strengths, **arguments), one, reduction) for one in found.values()]
+    result: Tensor = total(terms)
+    return result
+
+
+def penalize_function(
+    state: Any,
+    which: int,
+    inputs: list[Any],
+    strengths: list[Tensor],
+    stream: Tensor | None,
+    arguments: dict[str, Any],
+    value: bool,
+) -> Tensor:
+    """A penalty on how the output of the captured graph follows its inputs.
+
+    The graph runs again, on copies of its buffers; so that the model's random numbers stay what they are without the
+    penalty, torch's generators are put back, but for compiled code, which draws its own.
+
+    Args:
+        which: the number of the edit among the plan's.
+        arguments: those of the effect.
+        value: whether the value is wanted where no gradient is.
+    """
+    edit = state.provenance.plan.functions[which]
+    places = [place for place, one in enumerate(inputs) if isinstance(one, Tensor) and one.is_floating_point()]
+    if not places:
+        raise FxregError(f"rule {edit.label!r}: there is no floating-point tensor among the inputs. Drop the rule.")
+    if not value and not torch.is_grad_enabled():
+        return torch.zeros((), device=inputs[places[0]].device)
+    drawn = None if stream is None else _draw_operator(stream)
+    parameters = dict(state.function.named_parameters())
+    buffers = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
+
+    def along(sample: int, floating: list[Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        given = list(inputs)
+        for place, one in zip(places, floating, strict=True):
+            given[place] = one
+        output = torch.func.functional_call(state.function, {**parameters, **buffers}, tuple(given))
+        outputs = followed(output)
+        found = directions(edit.effect.definition, outputs, drawn, arguments, sample)
+        return sum_of([(v.detach() * one).sum() for v, one in zip(found, outputs, strict=True)])
+
+    terms: list[Tensor] = []
+    samples = arguments.get("samples", 1)
+    with _generators_kept(inputs):
+        for sample in range(samples):
+            found = torch.func.grad(along, argnums=1)(sample, [inputs[place] for place in places], buffers)
+            terms += [one.square().sum() for one in found]
+    strength = strengths[0].reshape(()).to(terms[0].device)
+    penalty = (strength * sum_of(terms) / samples).to(terms[0].dtype)
+    return reduced(penalty, inputs[places[0]], edit.reduction)
+
+
+def followed(output: Any) -> list[Tensor]:
+    """What a penalty on a function follows: the loss that a model returns, or all of its floating-point tensors."""
+    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    found = [one for one in tensors(output if loss is None else loss) if one.is_floating_point()]
+    if not found:
+        raise FxregError("a penalty on the model's function: there is no floating-point tensor in its output.")
+    return found
+
+
+def sum_of(terms: list[Tensor]) -> Tensor:
+    """Their sum, where the first one is."""
+    result: Tensor = total(terms)
+    return result
+
+
+@contextmanager
+def _generators_kept(inputs: list[Any]) -> Iterator[None]:
+    if torch.compiler.is_compiling():
+        yield
+        return
+    devices = {one.device for one in inputs if isinstance(one, Tensor) and one.device.type == "cuda"}
+    with torch.random.fork_rng(devices):
+        yield
+
+
+def reduced(penalty: Tensor, activation: Tensor, reduction: str) -> Tensor:
+    """A penalty over the size of the batch, or over the number of elements."""
+    if reduction == "sum":
+        return penalty
+    if reduction == "batch" and activation.dim() == 0:
+        raise FxregError("reduction='batch': an activation is 0-d and has no batch. Use reduction='sum'.")
+    count = activation.size(0) if reduction == "batch" else activation.numel()
+    return penalty / max(count, 1)
