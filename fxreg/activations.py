@@ -126,7 +126,8 @@ def _samples(activation: Tensor, dim: int) -> Tensor:
     """The activation as (n, units)."""
     if not -activation.ndim <= dim < activation.ndim:
         raise IndexError(f"dimension {dim} of an activation with {activation.ndim} dimension(s)")
-    return activation.movedim(dim, -1).reshape(-1, activation.shape[dim])
+    units_last = activation.movedim(dim, -1)
+    return units_last.unsqueeze(0).flatten(0, -2)  # reshape(-1, units) does not know how many, of no units
 
 
 def _means(activation: Tensor, rho: float, dim: int) -> Tensor:

@@ -302,8 +302,14 @@ class Penalty(Definition[P]):
 
     def _define_operators(self) -> None:
         formula, names = self.formula, self.live_names  # an operator keeps the formula it was registered with
+        own_name = self.name
 
         def value(weight: Tensor, *tensors: Tensor, value: bool = True, **arguments: Any) -> Tensor:
+            if not weight.is_floating_point():  # of parameters, matching says so
+                raise RuleError(
+                    f"{own_name} penalizes floating-point tensors, and met one of {weight.dtype}, of shape "
+                    f"{tuple(weight.shape)}. Narrow the rule, or mend on= or op=."
+                )
             if not value and not (torch.is_grad_enabled() and weight.requires_grad):
                 return weight.new_zeros((), dtype=operators.accumulation_dtype(weight.dtype))
             arguments = as_given(arguments)

@@ -4,7 +4,7 @@ differences, or with float64."""
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -224,6 +224,56 @@ def test_complex_and_integer_parameters_are_refused(name: str) -> None:
     model.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int64), requires_grad=False)
     with pytest.raises(fxreg.MatchError, match="'weight': it is not a floating-point tensor"):
         fxreg.transform(model, fxreg.Rule(EXAMPLES[name].effect))
+
+
+# Penalties on activations.
+
+
+class Hidden(nn.Module):
+    """Something that is called between the input and the output, and a weight whose gradient says what it got."""
+
+    def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.of = of
+        self.linear, self.inner = nn.Linear(4, 4), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        self.inner(self.of(h))
+        return h
+
+
+ON_ACTIVATIONS = [name for name in PENALTIES if not registry[name].anchors]
+
+
+@pytest.mark.parametrize("name", ON_ACTIVATIONS)
+def test_on_batches_of_any_size_activations_are_penalized_by_finite_numbers_or_refused(name: str) -> None:
+    rule = fxreg.Rule(EXAMPLES[name].effect, layer="Linear", on="output", reduction="batch")
+    for shape, dtype in itertools.product([(0, 4), (1, 4), (2, 0, 4), (2, 3, 4)], [torch.float32, torch.bfloat16]):
+        model = Hidden(torch.tanh).to(dtype)
+        x = random(*shape, dtype=dtype)
+        try:
+            output, penalty = fxreg.transform(model, rule, emit="output")(x)
+        except fxreg.FxregError as error:
+            refusal = str(error)
+            assert name in refusal
+            continue
+        assert penalty.dtype == torch.float32
+        (slope,) = torch.autograd.grad(penalty, model.linear.weight, retain_graph=True)
+        (plain,) = torch.autograd.grad(output.sum(), model.linear.weight)
+        (injected,) = torch.autograd.grad(fxreg.transform(model, rule)(x).sum(), model.linear.weight)
+        assert penalty.isfinite()
+        assert slope.isfinite().all()
+        torch.testing.assert_close(injected, plain + slope, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("of", [lambda h: torch.complex(h, h), lambda h: h.argmax(1)], ids=["complex", "integer"])
+@pytest.mark.parametrize("name", ON_ACTIVATIONS)
+def test_activations_without_a_gradient_of_the_formula_are_refused(name: str, of: Any) -> None:
+    rule = fxreg.Rule(EXAMPLES[name].effect, layer="Identity", on="output")
+    for emit in ("backward", "output"):
+        with pytest.raises(fxreg.FxregError, match=f"{name} penalizes floating-point tensors, and met one of torch"):
+            fxreg.transform(Hidden(of), rule, emit=emit)(torch.ones(2, 4))
 
 
 # Proximal steps.
