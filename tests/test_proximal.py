@@ -304,7 +304,7 @@ def test_twenty_steps_are_those_of_the_loop_by_hand(name: str) -> None:
         (fxreg.elastic_net(LAM, 0.3), lambda w, lr: soft(w, lr * LAM) / (1 + 2 * lr * 0.3)),
         (fxreg.group_lasso(3 * LAM, dim=0), lambda w, lr: w * (1 - 3 * lr * LAM / w.norm(dim=1, keepdim=True)).relu()),
     ],
-    ids=repr,
+    ids=["l2", "elastic_net", "group_lasso"],
 )
 def test_other_effects_over_twenty_steps(effect: Any, prox: Any) -> None:
     reference, (model, gm) = make(), regularized(effect)
