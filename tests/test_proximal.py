@@ -471,7 +471,7 @@ def test_rules_on_one_parameter_act_in_their_order() -> None:
 @pytest.mark.parametrize("together", [1, 20, 1 << 20])
 def test_however_many_are_computed_at_once_and_of_which_dtypes(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fxreg.proximal, "_TOGETHER", together)
-    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float64)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float64)
     model = nn.ParameterList([nn.Parameter(draw_weight(k).to(dtype)) for k, dtype in enumerate(dtypes)])
     start = [p.detach().clone() for p in model]
     model.forward = lambda x: x * sum(p.sum() for p in model)  # type: ignore[method-assign]
@@ -482,7 +482,8 @@ def test_however_many_are_computed_at_once_and_of_which_dtypes(together: int, mo
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for p, w in zip(model, start, strict=True):
-        torch.testing.assert_close(p.detach(), (soft(w.double(), 0.15) / 1.2).to(w.dtype))
+        close = 1e-14 if w.dtype == torch.float64 else 1e-2 if w.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(p.detach(), (soft(w.double(), 0.15) / 1.2).to(w.dtype), rtol=close, atol=close)
 
 
 def test_a_tied_weight_moves_once() -> None:
