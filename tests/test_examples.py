@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import autoencoder, filters, quickstart, sparse_features
+from examples import autoencoder, filters, finetuning, quickstart, sparse_features
 
 README = Path(__file__).parents[1] / "README.md"
 _EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -132,6 +132,36 @@ def test_a_sparse_autoencoder_has_units_that_are_off(capsys: pytest.CaptureFixtu
     assert float(sparse_active) < 0.5 * float(active)
     assert int(off) < 20
     assert int(sparse_off) > 60
+
+
+@pytest.mark.slow
+def test_fine_tuning_near_the_start_forgets_less(capsys: pytest.CaptureFixture[str]) -> None:
+    finetuning.main(["--pretraining", "5"])
+    found = re.findall(r"^(.+?)  +([\d.]+)% +([\d.]+)% +([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    rows = {name: (float(upright), float(turned), float(moved)) for name, upright, turned, moved in found}
+    assert list(rows) == ["before", "no rule", "l2", "l2_sp", "ewc"]
+    assert rows["before"][0] > 90
+    assert rows["before"][2] == 0
+    for name in ("no rule", "l2", "l2_sp", "ewc"):
+        assert rows[name][1] > rows["before"][1] + 40
+    for near in ("l2_sp", "ewc"):
+        assert rows[near][0] > rows["no rule"][0] + 10
+        assert rows[near][2] < 0.9 * min(rows["no rule"][2], rows["l2"][2])
+
+
+def test_the_fisher_diagonal_is_the_mean_squared_gradient() -> None:
+    torch.manual_seed(0)
+    model, images = finetuning.CNN(), torch.rand(3, 1, 8, 8)
+    wanted = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for image in images:
+        chances = model(image[None]).softmax(1)[0]
+        for chance in chances:
+            gradients = torch.autograd.grad(chance.log(), list(model.parameters()), retain_graph=True)
+            for name, gradient in zip(wanted, gradients, strict=True):
+                wanted[name] += float(chance.detach()) * gradient.square() / 3
+    found = finetuning.fisher(model, finetuning.Digits(images, torch.zeros(3, dtype=torch.int64)))
+    for name, one in wanted.items():
+        torch.testing.assert_close(found[name], one)
 
 
 if __name__ == "__main__":
