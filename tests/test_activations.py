@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -682,3 +682,60 @@ def test_a_parameter_that_a_layer_is_given_is_its_input() -> None:
     for examples in (None, (x,)):
         gm = fxreg.transform(model, rule, example_inputs=examples)
         assert_same(trained(gm, model, x), expected(model, x, {"norm"}.__contains__, "input"), 1e-5)
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.distributed.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["DistributedDataParallel", "fully_shard", "fully_shard, by layer"])
+@pytest.mark.parametrize("case", ["layer", "container", "inside opaque", "a structure"])
+def test_on_a_mesh_it_is_the_same(case: str, how: str, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    kind, keys, on, names = CASES[case]
+    model, x = build(kind)
+    wanted = expected(model, x, names.__contains__, on)
+    gm: Any = fxreg.transform(model, fxreg.Rule(fxreg.l1(S), on=on, **keys))
+    if how == "DistributedDataParallel":
+        gm = nn.parallel.DistributedDataParallel(gm)
+    else:
+        layers = (module for module in model.modules() if isinstance(module, nn.Linear))
+        for layer in [*layers] if how == "fully_shard, by layer" else ():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(gm, mesh=mesh)
+    gm(x).square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    assert_same({name: getattr(g, "full_tensor", lambda g=g: g)() for name, g in found.items()}, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("case", ["layer", "twice", "in place"])
+def test_a_checkpoint_around_the_module_changes_nothing(case: str) -> None:
+    kind, keys, on, names = CASES[case]
+    model, x = build(kind)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(S), on=on, **keys))
+    output = torch.utils.checkpoint.checkpoint(gm, x, use_reentrant=False)
+    output.square().mean().backward()
+    assert_same(
+        {name: p.grad for name, p in model.named_parameters()}, expected(model, x, names.__contains__, on), 1e-5
+    )
+
+
+def test_a_checkpoint_inside_what_is_opaque_is_right_or_an_error() -> None:
+    class Saving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = nn.Linear(3, 4), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.block, self.stem(x), use_reentrant=False)
+
+    model, x = Saving(), torch.randn(5, 3)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(S), layer="Tanh", on="output"))
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        trained(gm, model, x)
