@@ -1,0 +1,224 @@
+"""What a training step costs with regularization, over the same step without: `python -m tests.benchmarks.step`.
+
+All rows of a workload run in one process, a few steps each in turns, in an order that is drawn anew for each turn. A
+ratio is that of the medians; its interval is a bootstrap over the turns. The numbers and what they mean are in
+docs/performance.md.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from .capture import machine
+from .rows import MODES, PLAIN, QUICK, TWIN, WORKLOADS, Setting, rows
+
+TURNS, STEPS, RESAMPLES = 40, 3, 2_000
+TARGETS = {
+    ("mlp", "compiled", "fxreg, gradient"): 1.03,
+    ("gpt", "compiled", "fxreg, gradient"): 1.01,
+    **{
+        (workload.name, "whole", f"fxreg, {how}"): 1.02
+        for workload in WORKLOADS
+        for how in ("gradient", "emit=backward")
+    },
+}
+"""Of the ratio to the plain row of the same mode. That of emit=backward is the ratio of the loss term in the graph."""
+WHOLE_TARGET = 0.95
+"""Of the ratio of a whole step with rules to the separate, compiled one without."""
+
+Samples = dict[tuple[str, str], list[float]]
+"""Seconds a step, turn by turn, by mode and row."""
+
+
+def seconds(step: Any, device: torch.device) -> float:
+    """How long a step takes, behind one that brings its weights back into the caches."""
+    step()
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    _wait(device)
+    return (time.perf_counter() - start) / STEPS
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def sample(setting: Setting, turns: int, only: str) -> Samples:
+    """All rows of a workload, in turns."""
+    steps = {(mode, name): make() for mode, name, make in rows(setting) if only in f"{mode}, {name}" or name == PLAIN}
+    for key, step in steps.items():
+        print(f"  {', '.join(key)}", file=sys.stderr, flush=True)
+        for _ in range(3):
+            step()
+    order, found = list(steps), defaultdict(list)
+    for _ in range(turns):
+        random.shuffle(order)
+        for key in order:
+            found[key].append(seconds(steps[key], setting.device))
+    return {key: found[key] for key in steps}
+
+
+def interval(row: list[float], base: list[float]) -> tuple[float, float, float]:
+    """The ratio of the medians, and where it lies in 95 of 100 draws of as many turns."""
+    drawn = random.Random(0)
+    ratios = []
+    for _ in range(RESAMPLES):
+        turns = drawn.choices(range(len(row)), k=len(row))
+        ratios.append(statistics.median([row[t] for t in turns]) / statistics.median([base[t] for t in turns]))
+    ratios.sort()
+    low, high = ratios[round(0.025 * RESAMPLES)], ratios[round(0.975 * RESAMPLES) - 1]
+    return statistics.median(row) / statistics.median(base), low, high
+
+
+def table(workload: str, samples: Samples) -> str:
+    """Every row over the plain one of its mode; whole steps over the separate compiled one, too."""
+    spread = {mode: _spread(samples, mode) for mode in MODES}
+    out = []
+    for (mode, name), row in samples.items():
+        ratio, low, high = interval(row, samples[mode, PLAIN])
+        target = TARGETS.get((workload, mode, name))
+        if (mode, name) == ("compiled", "fxreg, emit=backward") and (mode, "loss term in the graph") in samples:
+            target = interval(samples[mode, "loss term in the graph"], samples[mode, PLAIN])[0]
+        cells = [mode, name, f"{1000 * statistics.median(row):.3f}", f"{1000 * min(row):.3f}"]
+        cells += [f"{ratio:.3f}", f"{low:.3f}–{high:.3f}", f"{min(row) / min(samples[mode, PLAIN]):.3f}"]
+        out.append([*cells, *_verdict(target, high, spread[mode])])
+        if mode == "whole":
+            ratio, low, high = interval(row, samples["compiled", PLAIN])
+            minimum = min(row) / min(samples["compiled", PLAIN])
+            target = WHOLE_TARGET if name.startswith("fxreg") else None
+            cells = [
+                "",
+                "  over the separate compiled step",
+                "",
+                "",
+                f"{ratio:.3f}",
+                f"{low:.3f}–{high:.3f}",
+                f"{minimum:.3f}",
+            ]
+            out.append([*cells, *_verdict(target, high, spread["compiled"])])
+    header = ["mode", "row", "median ms", "min ms", "ratio", "95%", "of min", "target", "met"]
+    twins = ", ".join(f"{mode} ±{value:.3f}" for mode, value in spread.items() if value)
+    return f"{tabulate(out, header, 'github', disable_numparse=True)}\n\nIdentical twins: {twins}."
+
+
+def _spread(samples: Samples, mode: str) -> float:
+    """How far from 1 the ratio of two identical steps may be."""
+    if (mode, TWIN) not in samples:
+        return 0.0
+    _, low, high = interval(samples[mode, TWIN], samples[mode, PLAIN])
+    return max(abs(low - 1), abs(high - 1))
+
+
+def _verdict(target: float | None, high: float, spread: float) -> list[str]:
+    return ["", ""] if target is None else [f"{target:.3f}", "yes" if high <= target + spread else "no"]
+
+
+# What a row leaves behind, each in a process of its own.
+
+
+def footprint(setting: Setting, mode: str, name: str) -> dict[str, Any]:
+    """Cold compile time, kernels, bytes that they read and write, and peak memory of the steps behind it."""
+    from torch._inductor import metrics
+    from torch._inductor.utils import run_and_get_code
+
+    (make,) = (make for m, n, make in rows(setting) if (m, n) == (mode, name))
+    before = _memory("VmRSS")
+    step = make()
+    start = time.perf_counter()
+    _, codes = run_and_get_code(step)
+    cold = time.perf_counter() - start
+    for _ in range(2):
+        step()
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(3):
+        step()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if setting.device.type == "cuda" else _memory("VmHWM") - before
+    products = sum(code.count("extern_kernels.") for code in codes)
+    added = sum(code.count("extern_kernels.addmm(") for code in codes)
+    kernels = metrics.generated_kernel_count
+    return {"cold_s": cold, "kernels": kernels, "extern": products, "addmm": added, "peak_mib": peak}
+
+
+def _memory(key: str) -> float:
+    """Of this process, in MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def footprints(setting: Setting, only: str) -> list[list[str]]:
+    out = []
+    for mode, name, _ in rows(setting):
+        if mode not in ("compiled", "whole") or (only not in f"{mode}, {name}" and name != PLAIN):
+            continue
+        with tempfile.TemporaryDirectory() as cache:
+            child = [sys.executable, "-m", "tests.benchmarks.step", *sys.argv[1:], "--child", mode, name]
+            child += ["--workload", setting.workload.name]
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+            done = subprocess.run(child, env=environment, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        shown = [f"{found['cold_s']:.1f}", f"{found['kernels']}", f"{found['extern']}", f"{found['addmm']}"]
+        out.append([mode, name, *shown, f"{found['peak_mib']:.1f}"])
+        print(f"  {mode}, {name}: {found}", file=sys.stderr, flush=True)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: a small model, three turns")
+    parser.add_argument("--workload", default="", help="only this one")
+    parser.add_argument(
+        "--only", default="", help="only rows with this in 'mode, name', and what they are compared with"
+    )
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--footprint", action="store_true", help="compile time, kernels and memory instead of time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile-mode", help="of torch.compile: reduce-overhead, max-autotune")
+    parser.add_argument("--autocast", action="store_true", help="the forward pass in bfloat16")
+    parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adamw"])
+    parser.add_argument("--samples", type=Path, help="where to write the raw samples, as JSON")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    chosen = [QUICK] if given.quick else [w for w in WORKLOADS if given.workload in ("", w.name)]
+    how = (torch.device(given.device), given.compile_mode, given.autocast, given.optimizer)
+    settings = [Setting(workload, *how) for workload in chosen]
+    if given.child:
+        print(json.dumps(footprint(settings[0], *given.child)))
+        return
+    load = f"load {os.getloadavg()[0]:.1f} at the start"
+    print(f"{machine()}, {torch.get_num_threads()} threads, {load}; {given.optimizer}, {given.device}")
+    raw: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0], "arguments": vars(given), "seconds": {}}
+    for setting in settings:
+        size = sum(parameter.numel() for parameter in setting.model().parameters())
+        print(f"\n{setting.workload.name}: {size:,} parameters\n", flush=True)
+        if given.footprint:
+            header = ["mode", "row", "cold compile s", "kernels", "extern", "of them addmm", "peak MiB"]
+            print(tabulate(footprints(setting, given.only), header, "github", disable_numparse=True), flush=True)
+            continue
+        samples = sample(setting, 3 if given.quick else given.turns, given.only)
+        raw["seconds"][setting.workload.name] = {", ".join(key): times for key, times in samples.items()}
+        print(table(setting.workload.name, samples), flush=True)
+    print(f"\nLoad {os.getloadavg()[0]:.1f} at the end.")
+    if given.samples:
+        given.samples.write_text(json.dumps(raw, default=str, indent=1))
+
+
+if __name__ == "__main__":
+    main()
