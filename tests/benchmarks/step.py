@@ -60,12 +60,15 @@ def _wait(device: torch.device) -> None:
 
 def sample(setting: Setting, turns: int, only: str) -> Samples:
     """All rows of a workload, in turns."""
-    steps = {(mode, name): make() for mode, name, make in rows(setting) if only in f"{mode}, {name}" or name == PLAIN}
+    makers = {(mode, name): make for mode, name, make in rows(setting)}
+    chosen = {key for key in makers if only in ", ".join(key)}
+    chosen |= {("compiled" if "whole" in key else key[0], PLAIN) for key in chosen} | {(m, PLAIN) for m, _ in chosen}
+    steps = {key: make() for key, make in makers.items() if key in chosen}
     for key, step in steps.items():
         print(f"  {', '.join(key)}", file=sys.stderr, flush=True)
         for _ in range(3):
             step()
-    order, found = list(steps), defaultdict(list)
+    order, found = list(steps), defaultdict[tuple[str, str], list[float]](list)
     for _ in range(turns):
         random.shuffle(order)
         for key in order:
