@@ -54,6 +54,7 @@ from .matrices import nuclear_norm, orthogonal, soft_orthogonal, spectral
 from .network import to_networkx
 from .nonconvex import entropy, hoyer, log_sum, lp, mcp, scad, smooth_l1
 from .optimizing import param_groups
+from .positions import after, before, last
 from .proximal import ProximalStep
 from .regularizers import elastic_net, l1, l2, weight_decay
 from .reporting import diff, explain
@@ -80,6 +81,8 @@ __all__ = [
     "VerifyError",
     "adaptive_clip",
     "add_noise",
+    "after",
+    "before",
     "box",
     "centralize",
     "clip_block_rms",
@@ -106,6 +109,7 @@ __all__ = [
     "l2",
     "l2_ball",
     "l2_sp",
+    "last",
     "limit_norm",
     "lint",
     "load_state_dict",

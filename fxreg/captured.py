@@ -47,6 +47,11 @@ class Captured:
         """What is tried in turn. The last one assumes nothing."""
         return (self, *(self.otherwise.chain if self.otherwise else ()))
 
+    @property
+    def views(self) -> "tuple[Captured, ...]":
+        """The graphs that say most of the forward: its recordings, or else the one that always holds."""
+        return self.chain[:-1] or self.chain
+
     def holds_in(self, ways: tuple[Way, ...]) -> bool:
         """Whether it holds in all of these ways to run."""
         return self.assumed is None or set(ways) <= set(self.assumed.ways)

@@ -19,11 +19,16 @@ _RESHAPES = {
     "view", "reshape", "flatten", "unflatten", "ravel", "permute", "transpose", "swapaxes", "swapdims", "movedim",
     "moveaxis", "t", "squeeze", "unsqueeze", "contiguous", "clone", "view_as", "reshape_as", "_unsafe_view", "T", "mT",
 }  # fmt: skip
+_VIEWS = {
+    "getitem", "select", "narrow", "slice", "split", "chunk", "tensor_split", "unbind", "expand", "expand_as", "detach",
+    "diagonal", "unfold", "as_strided", "real", "imag", "H", "mH", "data",
+}  # fmt: skip
 _RESHAPING_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten)
 _PASSING = (calls.expect_tensor, calls.expect_like)
 _CHECKS = (calls.passes, calls.expect_same, calls.expect_assumed, calls.expect_default, calls.expect_given)
 _DATA = (calls.by_mode, calls.make, calls.unpack, calls.take_inputs, calls.give_output)
-_QUESTIONS = SIZES | RANKS | KINDS
+_OURS = (*_PASSING, *_CHECKS, *_DATA)
+_QUESTIONS = {"training"} | SIZES | RANKS | KINDS
 _AUGMENTED = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or")}
 _TORCH = ("torch", "_operator", "operator", "math", "builtins")
 
@@ -78,10 +83,15 @@ def uses(model: nn.Module, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     while waiting:
         value = waiting.pop()
         for user in value.users:
-            if _reshapes(model, user, value):
+            if is_reshape(model, user, value):
                 waiting.append(user)
-            elif user.target not in _CHECKS and called(user) not in _QUESTIONS:
+            elif not is_question(user):
                 yield value, user
+
+
+def is_question(node: fx.Node) -> bool:
+    """Whether a node does not use a value's numbers, but asks for its size, data type or mode, or checks it."""
+    return node.target in _CHECKS or called(node) in _QUESTIONS
 
 
 def reached(model: nn.Module, graph: fx.Graph) -> set[int]:
@@ -92,7 +102,7 @@ def reached(model: nn.Module, graph: fx.Graph) -> set[int]:
     flow = nx.DiGraph()
     end = object()
     for node in graph.nodes:
-        if called(node) not in ("detach", "training", *_QUESTIONS):
+        if called(node) not in ("detach", *_QUESTIONS):
             flow.add_edges_from((used, node) for used in node.all_input_nodes)
         if node.op == "output" or not _is_pure(model, node):
             flow.add_edge(node, end)
@@ -108,7 +118,7 @@ def reached(model: nn.Module, graph: fx.Graph) -> set[int]:
     return found
 
 
-def _reshapes(model: nn.Module, node: fx.Node, value: fx.Node) -> bool:
+def is_reshape(model: nn.Module, node: fx.Node, value: fx.Node) -> bool:
     """Whether a node gives the numbers of a value, all of them and nothing else, in any shape or order."""
     if not node.args or node.args[0] is not value:
         return False
@@ -119,14 +129,49 @@ def _reshapes(model: nn.Module, node: fx.Node, value: fx.Node) -> bool:
     return node.target in _PASSING or (called(node) in _RESHAPES and not is_view_of_bits)
 
 
+def writes(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a layer, function, method or operator that is known writes into what it is given."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if not called(node) or node.target in _OURS:
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    return called(node) in _AUGMENTED or may_write(node)
+
+
+def changed(model: nn.Module, node: fx.Node) -> set[fx.Node]:
+    """The values that a node that writes changes: what it writes into, and all views of the same memory."""
+    given, target = {*node.all_input_nodes}, node.target
+    if isinstance(target, torch._ops.OpOverload):
+        named = arguments(node) or {}
+        into = [named[one.name] for one in target._schema.arguments if one.alias_info and one.alias_info.is_write]
+    else:
+        into = [*node.args[:1], node.kwargs.get("out"), node.kwargs.get("input")]
+    found, waiting = set[fx.Node](), [value for value in into if isinstance(value, fx.Node) and value in given]
+    while waiting:
+        value = waiting.pop()
+        if value not in found and value.op != "get_attr":
+            found.add(value)
+            waiting += [user for user in value.users if user is not node and _is_view(model, user, value)]
+            waiting += [used for used in value.all_input_nodes if _is_view(model, value, used)]
+    return found
+
+
+def _is_view(model: nn.Module, node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node may give memory of a value's."""
+    if not node.args or node.args[0] is not value:
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return any(one.alias_info is not None for one in node.target._schema.returns)
+    return called(node) in _VIEWS or is_reshape(model, node, value) or writes(model, node)
+
+
 def _is_pure(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node does nothing but give a value."""
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        hooked = any(map(has_hooks, module.modules()))
-        return is_layer(module) and not hooked and not getattr(module, "inplace", False)
-    if node.op not in ("call_function", "call_method") or node.target in (*_PASSING, *_CHECKS, *_DATA):
+        return is_layer(module) and not any(map(has_hooks, module.modules())) and not writes(model, node)
+    if node.op not in ("call_function", "call_method") or node.target in _OURS:
         return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return bool(called(node)) and not node.target._schema.is_mutable
-    return bool(called(node)) and called(node) not in _AUGMENTED and not may_write(node)
+    return bool(called(node)) and not writes(model, node)

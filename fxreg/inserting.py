@@ -60,7 +60,7 @@ class Insertion:
         checked = {node.args[0] for node in self.graph.nodes if node.target is calls.expect_default}
         with self.graph.inserting_before(self.first()):
             arguments = [node for node in places if node not in checked]
-            args = (self.graph.get_attr(CHILD), arguments, *([which] if which else []))
+            args = (self.insert("", "get_attr", CHILD), arguments, *([which] if which else []))
             self.insert("", "call_function", calls.expect_assumed, args)
 
     # State.

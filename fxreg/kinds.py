@@ -59,6 +59,13 @@ def recorded_kinds(gm: fx.GraphModule) -> dict[str, type | str]:
     return found
 
 
+def graph_kinds(graph: fx.Graph) -> dict[str, Kind]:
+    """For the path of every module that a graph's nodes stand in, its class."""
+    found = {path: kind for node in graph.nodes for path, kind in node.meta.get("nn_module_stack", {}).values()}
+    live = _live_classes() if any(isinstance(kind, str) for kind in found.values()) else {}
+    return {path: _recorded(kind, live) for path, kind in found.items()}
+
+
 def kind_name(kind: type | str) -> str:
     """The qualified name of a module's class, as a graph records it."""
     return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
@@ -74,8 +81,7 @@ def _kind(
     is_graph = isinstance(module, fx.GraphModule) or f"{path}." in graphs or (not path and "" in graphs)
     is_left = type(module) is nn.Module and any(path.startswith(graph) for graph in graphs)
     if path in recorded and (is_graph or is_left):
-        kind = recorded[path]
-        return Kind((kind,)) if isinstance(kind, type) else Kind(_named(kind, live), kind)
+        return _recorded(recorded[path], live)
     if not is_left:
         return Kind((type(module),))
     parent, _, key = path.rpartition(".")
@@ -85,6 +91,10 @@ def _kind(
     if key == "out_proj" and isinstance(owner, str) and _is_attention(_named(owner, live)):
         return Kind((NonDynamicallyQuantizableLinear,))  # its weight is used, and it never runs
     return Kind(())
+
+
+def _recorded(kind: type | str, live: Mapping[str, tuple[type, ...]]) -> Kind:
+    return Kind((kind,)) if isinstance(kind, type) else Kind(_named(kind, live), kind)
 
 
 def _is_attention(classes: tuple[type, ...]) -> bool:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from .captured import Captured
 from .effects import OptimizerOption, Penalty
 from .errors import FxregError, RuleError
 from .exported import as_module
@@ -73,18 +72,12 @@ def lint(
 
 def lint_emitted(state: State) -> tuple[Lint, ...]:
     """The lints of a plan that was carried out: of its rules, and of the graph."""
-    planned, model, graphs = state.provenance.plan, state.model, views(state.captured)
+    planned, model, graphs = state.provenance.plan, state.model, state.captured.views
     ids = {name: id(parameter) for name, parameter in model.named_parameters()}
     seen = set[int]().union(*(reached(model, one.graph) for one in graphs))
     trains = (one.graph for one in graphs if one.assumed is None or one.assumed.training is not False)
     invariant = find_invariant(model, trains)
     return (*planned.lints, *_unreached(planned, ids, seen), *_scale_invariant(planned, ids, invariant))
-
-
-def views(captured: Captured) -> tuple[Captured, ...]:
-    """The graphs that say most of a forward: its recordings for eager mode, or else the graph that always holds."""
-    *recorded, last = captured.chain
-    return tuple(one for one in recorded if one.holds_in(("eager",))) or (last,)
 
 
 def _unreached(planned: Plan, ids: Mapping[str, int], seen: AbstractSet[int]) -> Iterator[Lint]:
@@ -123,7 +116,7 @@ def _lint_decays(model: nn.Module, planned: Plan, optimizer: torch.optim.Optimiz
     """Decay by an optimizer beside a rule that does the same, or beside rules that say which decay there is to be."""
     decays = {id(p): float(g.get("weight_decay") or 0) for g in optimizer.param_groups for p in g["params"]}
     decay = {name: decays.get(id(parameter), 0.0) for name, parameter in model.named_parameters()}
-    edits = _on_parameters(planned)
+    edits = [edit for edit in _on_parameters(planned) if not edit.condition]
     asked = {edit.site: edit.label for edit in edits if isinstance(edit, LeaveToCompanion) and edit.via == "optimizer"}
     who = type(optimizer).__name__
     twice = [edit for edit in edits if decay[edit.site] and _decays(edit)]

@@ -149,7 +149,7 @@ class _Lowering(Insertion):
             self.graph.erase_node(node)
         elif node.op == "call_module" and target in inside:
             with self.graph.inserting_before(node):
-                module = self.graph.get_attr(target)
+                module = self.insert("", "get_attr", target)
                 args = (module, inside[target], node.args, dict(node.kwargs))
                 called = self.graph.create_node("call_function", calls.call_with, args, name=f"{node.name}_with")
             called.meta.update(node.meta, is_wrapped=True)

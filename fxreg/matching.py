@@ -2,33 +2,40 @@
 
 import difflib
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from .anchoring import check_anchors
+from .classes import is_known, is_of
 from .effects import Effect, strength_name
 from .errors import MatchError, RuleError
 from .functions import FunctionPenalty
-from .kinds import Kind, kinds
+from .kinds import kinds
 from .layers import is_layer
-from .rules import Layer, Rule, is_literal, matcher
+from .positions import Position
+from .rules import Rule, is_literal, matcher
 from .sites import ActivationSite, AnySite, Owner, Site, find_activation_sites, find_sites
 
 
 @dataclass(frozen=True)
 class Match:
-    """A rule under its label, and every site it acts on, in the order of `named_parameters()` or `named_modules()`."""
+    """A rule under its label, and every site it acts on, in the order of `named_parameters()` or `named_modules()`.
+
+    Where the rule asks for a position in the graph, it acts only on the sites that turn out to have it.
+    """
 
     label: str
     rule: Rule
     sites: tuple[AnySite, ...]
+    position: Position | None = None
 
 
 def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
-    """Resolve every rule on the module.
+    """Resolve every rule on the module, all but positions in the graph.
 
     Raises:
         RuleError: a class name found neither in `torch.nn` nor in the model; a `where` that fails.
@@ -42,26 +49,48 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
     labels = _labels(rules)
     found = []
     for label, rule in zip(labels, rules, strict=True):
-        for layer in rule.layers:
-            if isinstance(layer, str) and not _known(layer, classes, unloaded):
-                near = difflib.get_close_matches(layer, sorted({c.__name__ for c in classes}), n=3)
-                raise RuleError(
-                    f"rule {label!r}: layer={layer!r} names a class that is neither in torch.nn nor in the model"
-                    f"{_nearest(near)}. Mend layer=."
-                )
+        for key, layers in (("layer", rule.layers), ("where", rule.position.layers if rule.position else ())):
+            for layer in layers:
+                if isinstance(layer, str) and not is_known(layer, classes, unloaded):
+                    near = difflib.get_close_matches(layer, sorted({c.__name__ for c in classes}), n=3)
+                    raise RuleError(
+                        f"rule {label!r}: {key}={layer!r} names a class that is neither in torch.nn nor in the model"
+                        f"{_nearest(near)}. Mend {key}=."
+                    )
         chosen: tuple[AnySite, ...]
         if rule.on == "param":
-            parameters = tuple(_selected(rule, label, sites, owned))
-            _check_takes(label, rule.effect, parameters)
-            check_anchors(label, rule.effect, parameters, model)
-            chosen = parameters
+            chosen = tuple(_selected(rule, label, sites, owned))
         else:
             chosen = tuple(_selected_activations(rule, label, find_activation_sites(model, found_kinds, rule)))
-        if not chosen and not rule.optional:
-            raise MatchError(_matched_nothing(label, rule, model, sites))
-        found.append(Match(label, rule, chosen))
+        found.append(Match(label, rule, chosen, rule.position))
+        _check(model, found[-1])
     _check_conflicts(found)
     return tuple(found)
+
+
+def decided(model: nn.Module, matches: Sequence[Match]) -> tuple[Match, ...]:
+    """Matches whose positions are known now, checked like all others.
+
+    Raises:
+        RuleError, MatchError: as `match`.
+    """
+    found = [replace(match, position=None) for match in matches]
+    for before, match in zip(matches, found, strict=True):
+        if before.position is not None:
+            _check(model, match)
+    _check_conflicts(found)
+    return tuple(found)
+
+
+def _check(model: nn.Module, match: Match) -> None:
+    """Raise unless a rule has its sites, and its effect fits them; whether it does is not asked while they are open."""
+    label, rule = match.label, match.rule
+    if not match.sites and not rule.optional:
+        raise MatchError(_matched_nothing(label, rule, model))
+    if rule.on == "param" and match.position is None:
+        parameters = tuple(site for site in match.sites if isinstance(site, Site))
+        _check_takes(label, rule.effect, parameters)
+        check_anchors(label, rule.effect, parameters, model)
 
 
 def _by_owner(sites: tuple[Site, ...]) -> dict[str, list[int]]:
@@ -80,11 +109,11 @@ def _selected(rule: Rule, label: str, sites: tuple[Site, ...], owned: Mapping[st
     if rule.name is not None:
         paths = {str(rule.name)} & owned.keys() if is_literal(rule.name) else {*filter(matcher(rule.name), owned)}
         sites = tuple(sites[position] for position in sorted({i for path in paths for i in owned[path]}))
-    is_of = functools.cache(functools.partial(_is_of, rule.layers))
+    is_asked_for = functools.cache(functools.partial(is_of, rule.layers))
 
     def selects(owner: Owner) -> bool | None:
         named = owner.path in paths and (param(owner.key) or param(owner.key.rpartition(".")[2]))
-        return is_of(owner.kind) if named else False
+        return is_asked_for(owner.kind) if named else False
 
     for site in sites:
         chosen = [*map(selects, site.owners)]
@@ -92,7 +121,9 @@ def _selected(rule: Rule, label: str, sites: tuple[Site, ...], owned: Mapping[st
             continue
         if not any(chosen):
             raise MatchError(_undecided(label, rule, site.owners[chosen.index(None)]))
-        if _wanted(rule, label, site):
+        if rule.position is not None:  # asked of the owners by which the rule selects the site
+            yield replace(site, owners=tuple(itertools.compress(site.owners, chosen)))
+        elif _wanted(rule, label, site):
             yield site
 
 
@@ -104,55 +135,16 @@ def _selected_activations(rule: Rule, label: str, sites: Iterable[ActivationSite
     for site in sites:
         if rule.op is not None and (is_layer(site.layer) or type(site.layer) is nn.Sequential):
             continue  # nobody means the calls in torch's own forwards
-        is_chosen = any(map(named, site.names)) and any(_is_of(rule.layers, kind) for kind in site.kinds)
+        is_chosen = any(map(named, site.names)) and any(is_of(rule.layers, kind) for kind in site.kinds)
         if is_chosen and not any(one(name) for one in excluded for name in site.names) and _wanted(rule, label, site):
             yield site
 
 
 def _wanted(rule: Rule, label: str, site: AnySite) -> bool:
     try:
-        return rule.where is None or bool(rule.where(site))
+        return rule.where is None or isinstance(rule.where, Position) or bool(rule.where(site))
     except Exception as error:
         raise RuleError(f"rule {label!r}: where= failed at {site.name!r}: {type(error).__name__}: {error}") from error
-
-
-def _is_of(layers: tuple[Layer, ...], kind: Kind) -> bool | None:
-    """Whether a module of that kind is one of the layers asked for; None where nothing says so."""
-    if not layers or any(_is_instance(cls, layer) for cls in kind.classes for layer in layers):
-        return True
-    if kind.classes:
-        return False
-    return True if any(isinstance(layer, str) and _ends(kind.name, layer) for layer in layers) else None
-
-
-def _is_instance(cls: type, layer: Layer) -> bool:
-    if isinstance(layer, type):
-        return issubclass(cls, layer)
-    return any(_is_named(base, layer) for base in cls.__mro__)
-
-
-def _is_named(cls: type, name: str) -> bool:
-    """Whether `name` is a dotted suffix of the class's qualified name; `nn.` means `torch.nn.`."""
-    return cls is _torch_class(name) or _ends(f"{cls.__module__}.{cls.__qualname__}", name)
-
-
-def _ends(qualified: str, name: str) -> bool:
-    return not name.startswith("nn.") and f".{qualified}".endswith(f".{name}")
-
-
-def _torch_class(name: str) -> object:
-    """The class of that name in `torch.nn`: "Linear", "nn.Linear" or "torch.nn.Linear"."""
-    found: object = nn
-    prefix = "torch.nn." if name.startswith("torch.nn.") else "nn."
-    for part in name.removeprefix(prefix).split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
-
-
-def _known(name: str, classes: Iterable[type], unloaded: Iterable[str]) -> bool:
-    """Whether a class of that name is there, or would be."""
-    by_name = (_ends(qualified, name) for qualified in unloaded)
-    return _torch_class(name) is not None or any(_is_named(cls, name) for cls in classes) or any(by_name)
 
 
 def _labels(rules: tuple[Rule, ...]) -> tuple[str, ...]:
@@ -200,9 +192,9 @@ def _check_takes(label: str, effect: Effect, sites: tuple[Site, ...]) -> None:
             )
 
 
-def _check_conflicts(found: list[Match]) -> None:
+def _check_conflicts(found: Iterable[Match]) -> None:
     seen: dict[AnySite | str, list[Match]] = {}
-    for later in found:
+    for later in (match for match in found if match.position is None):
         for site in later.sites:
             place = site.name if isinstance(site, Site) else site
             for earlier in seen.setdefault(place, []):
@@ -238,11 +230,11 @@ def _undecided(label: str, rule: Rule, owner: Owner) -> str:
     )
 
 
-def _matched_nothing(label: str, rule: Rule, model: nn.Module, sites: tuple[Site, ...]) -> str:
+def _matched_nothing(label: str, rule: Rule, model: nn.Module) -> str:
     conditions = f" ({', '.join(rule.conditions())})" if rule.conditions() else ""
     wanted = str(rule.name or rule.param or "")
     is_module = rule.on != "param" or rule.name is not None
-    candidates = [path for path, _ in model.named_modules() if path] if is_module else [s.name for s in sites]
+    candidates = [path for path, _ in (model.named_modules() if is_module else model.named_parameters()) if path]
     near = difflib.get_close_matches(wanted.strip("*"), candidates, n=3, cutoff=0) if candidates else []
     what = "modules" if is_module else "parameters"
     keys = "layer=, name=, param=, exclude= or where=" if rule.on == "param" else "layer=, name=, exclude= or where="

@@ -8,12 +8,15 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from .capture import capture
+from .captured import Captured
 from .effects import OptimizerOption, Penalty
 from .errors import RuleError
-from .exported import as_module
+from .exported import as_module, read_program
 from .matching import match
-from .module import bind, original
+from .module import RegularizedModule, bind, original, state_of
 from .planning import LeaveToCompanion, plan
+from .resolving import resolve
 from .rules import Rule, checked_rules
 
 _COUPLED = (
@@ -45,6 +48,8 @@ def param_groups(
     Raises:
         RuleError: the class has no `weight_decay`, or one that is not coupled although an l2 rule needs it to be.
         MatchError: as `fxreg.transform`.
+        CaptureError: a rule for a position in the graph (`fxreg.last()`, …) that a capture without examples does not
+            show; pass what `fxreg.transform` returned.
 
     >>> import torch, fxreg
     >>> model = torch.nn.Linear(4, 2)
@@ -58,8 +63,11 @@ def param_groups(
         raise RuleError(
             f"param_groups: optimizer must be an optimizer class such as torch.optim.SGD, got {optimizer!r}."
         )
-    model = original(as_module(model))
-    edits = plan(match(model, checked_rules(rules))).companions("optimizer")
+    given, model = model, original(as_module(model))
+    matches = tuple(one for one in match(model, checked_rules(rules)) if one.rule.lowering == "optimizer")
+    if any(one.position for one in matches):
+        matches = resolve(model, matches, _captured(given))
+    edits = plan(matches).companions("optimizer")
     options = inspect.signature(optimizer).parameters
     decay: dict[str, float] = {}
     pinned: dict[str, bool] = {}
@@ -78,6 +86,14 @@ def param_groups(
             del group["weight_decay"]
     bind(model, edits)
     return sorted(groups.values(), key=lambda group: -group.get("weight_decay", 0.0))
+
+
+def _captured(model: nn.Module | ExportedProgram) -> Captured:
+    """The graph that a model was transformed with, or else one of its own."""
+    if isinstance(model, ExportedProgram):
+        return read_program(model)[1]
+    inner = getattr(model, "_orig_mod", model)
+    return state_of(inner).captured if isinstance(inner, RegularizedModule) else capture(inner)
 
 
 def _decay(edit: LeaveToCompanion, optimizer: type, options: Any) -> float:

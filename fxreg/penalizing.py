@@ -121,7 +121,7 @@ def _inside(into: Insertion, node: fx.Node, watched: list[tuple[PenalizeActivati
         args: tuple[Any, ...] = (node.args[0], told, *node.args[1:])
         if node.op == "call_module":
             target = penalty_calls.call_penalized
-            args = (into.graph.get_attr(str(node.target)), told, {}, node.args, dict(node.kwargs))
+            args = (into.insert("", "get_attr", str(node.target)), told, {}, node.args, dict(node.kwargs))
         called = into.insert("", "call_function", target, args, name=f"{node.name}_penalized")
         result = into.insert("", "call_function", operator.getitem, (called, 0), name=node.name)
         found = into.insert("", "call_function", operator.getitem, (called, 1))

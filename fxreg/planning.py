@@ -1,7 +1,7 @@
 """plan: matches → the edits to make, as frozen data that names parameters and holds no `fx.Node`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, assert_never
 
 import torch
@@ -19,7 +19,11 @@ Emit: TypeAlias = Literal["backward", "output", "loss"]
 
 @dataclass(frozen=True)
 class _AtSite:
-    """What every edit knows: the rule's label and effect, and the parameter it acts on."""
+    """What every edit knows: the rule's label and effect, and the parameter it acts on.
+
+    Attributes:
+        condition: what must hold of the layer's position, as long as no graph was asked for it.
+    """
 
     label: str
     effect: Effect
@@ -28,6 +32,7 @@ class _AtSite:
     dtype: torch.dtype
     aliases: tuple[str, ...]
     trainable: bool
+    condition: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,11 @@ class Plan:
         return (*self.activations, *self.functions)
 
     @property
+    def is_open(self) -> bool:
+        """Whether some edits are carried out only if their layers have a position in the graph."""
+        return any(isinstance(edit, _AtSite) and bool(edit.condition) for edit in self.edits)
+
+    @property
     def effects(self) -> dict[str, Effect]:
         """The effect of every label that acts anywhere."""
         return {edit.label: edit.effect for edit in self.edits}
@@ -173,13 +183,14 @@ def _edits(matches: tuple[Match, ...]) -> Iterator[Edit]:
             if isinstance(site, ActivationSite):
                 continue
             at = (match.label, match.rule.effect, site.name, site.shape, site.dtype, site.aliases, site.trainable)
+            condition = "" if match.position is None else repr(match.position)
             match match.rule.lowering:
                 case "penalty":
-                    yield Penalize(*at)
+                    yield Penalize(*at, condition=condition)
                 case "gradient":
-                    yield PullBack(*at)
+                    yield PullBack(*at, condition=condition)
                 case "optimizer" | "proximal" as via:
-                    yield LeaveToCompanion(*at, via)
+                    yield LeaveToCompanion(*at, via, condition=condition)
                 case unknown:
                     assert_never(unknown)
 
@@ -208,6 +219,7 @@ def _row(edit: Edit, on_forward: bool) -> tuple[str, ...]:
             notes.append("only while it has a gradient" if edit.trainable else "frozen: left out")
         case unknown:
             assert_never(unknown)
+    notes += [f"if {edit.condition}"] if edit.condition else []
     size = f"{edit.shape.numel():,}"
     shape = "×".join(map(str, edit.shape)) or "scalar"
     return (edit.label, repr(edit.effect), edit.site, shape, size, lowering, "; ".join(notes))

@@ -2,21 +2,20 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from torch import nn
-
+from .classes import Layer, checked_layers, is_dotted, several
 from .effects import Definition, Effect, Via
 from .errors import RuleError
 from .functions import FunctionPenalty
+from .positions import Position
 
 if TYPE_CHECKING:
     from .sites import AnySite
 
 Pattern: TypeAlias = str | re.Pattern[str]
-Layer: TypeAlias = type[nn.Module] | str
 Op: TypeAlias = Callable[..., Any] | str
 On: TypeAlias = Literal["param", "output", "input"]
 Reduction: TypeAlias = Literal["sum", "mean", "batch"]
@@ -34,7 +33,7 @@ class _Keys:
     name: Pattern | None = None
     param: Pattern = "*"
     exclude: Pattern | tuple[Pattern, ...] = ()
-    where: "Callable[[AnySite], object] | None" = None
+    where: "Callable[[AnySite], object] | Position | None" = None
     on: On = "param"
     optional: bool = False
 
@@ -63,7 +62,8 @@ class Rule(_Acts, _Keys):
         param: the parameter's key inside its owner, likewise. The default selects every parameter, biases included.
         exclude: patterns on the parameter's full dotted name, or for activations on the module's path; what any of
             them matches is left out.
-        where: a last predicate on the site.
+        where: a last predicate on the site; or for parameters a position of the layer in the graph, decided when the
+            model is captured: `fxreg.before(…)`, `after(…)`, `last()`, and what `&`, `|` and `~` make of them.
         on: `"param"`, or what a penalty is put on instead: every floating-point tensor in the `"output"`, or among
             the arguments (`"input"`), of every call.
         via: the lowering; by default the effect's first one.
@@ -93,7 +93,7 @@ class Rule(_Acts, _Keys):
         name: Pattern | None = None,
         param: Pattern = "*",
         exclude: Pattern | Iterable[Pattern] = (),
-        where: "Callable[[AnySite], object] | None" = None,
+        where: "Callable[[AnySite], object] | Position | None" = None,
         on: On = "param",
         via: Via | None = None,
         reduction: Reduction = "sum",
@@ -110,9 +110,11 @@ class Rule(_Acts, _Keys):
         who = f"rule {label or effect.name!r}"
         if not isinstance(optional, bool):
             raise RuleError(f"{who}: optional must be True or False, got {optional!r}.")
-        if where is not None and not callable(where):
-            raise RuleError(f"{who}: where must be a function of a Site, got {where!r}.")
+        if where is not None and not callable(where) and not isinstance(where, Position):
+            raise RuleError(f"{who}: where must be a function of a Site, or a position, got {where!r}.")
         _check_place(on, op, param, reduction, who)
+        if on != "param" and isinstance(where, Position):
+            raise RuleError(f"{who}: where={where!r} selects layers by their parameters, but on={on!r}. Leave one out.")
         if via is not None and not (isinstance(via, str) and via in effect.definition.vias):
             has = ", ".join(map(repr, effect.definition.vias))
             raise RuleError(f"{who}: {effect.name} has no via={via!r}; it has {has}.")
@@ -133,11 +135,11 @@ class Rule(_Acts, _Keys):
             )
         fields: dict[str, Any] = {
             "effect": effect,
-            "layer": _checked_layers(layer, who),
+            "layer": None if layer is None else checked_layers(layer, who),
             "op": op,
             "name": None if name is None else _checked_pattern(name, "name", who),
             "param": _checked_pattern(param, "param", who),
-            "exclude": tuple(_checked_pattern(p, "exclude", who) for p in _several(exclude, "exclude", who)),
+            "exclude": tuple(_checked_pattern(p, "exclude", who) for p in several(exclude, "exclude", who)),
             "where": where,
             "on": on,
             "optional": optional,
@@ -153,6 +155,11 @@ class Rule(_Acts, _Keys):
         """The layers asked for; none means any."""
         assert self.layer is None or isinstance(self.layer, tuple)
         return self.layer or ()
+
+    @property
+    def position(self) -> Position | None:
+        """What is asked of where a layer stands in the graph."""
+        return self.where if isinstance(self.where, Position) else None
 
     @property
     def excludes(self) -> tuple[Pattern, ...]:
@@ -218,15 +225,6 @@ def _shown(value: object) -> str:
     return getattr(value, "__name__", None) or repr(value)
 
 
-def _several(value: object, field: str, who: str) -> Sequence[Any]:
-    if isinstance(value, str | re.Pattern | type):
-        return (value,)
-    try:
-        return tuple(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise RuleError(f"{who}: {field} must be one or several, got {value!r}.") from None
-
-
 def op_name(op: Op) -> str:
     """What an `op` is called."""
     return op if isinstance(op, str) else str(getattr(op, "__name__", op))
@@ -238,7 +236,7 @@ def _check_place(on: object, op: object, param: object, reduction: object, who: 
         raise RuleError(f"{who}: on must be {_choice(On)}, got {on!r}.")
     if not isinstance(reduction, str) or reduction not in get_args(Reduction):
         raise RuleError(f"{who}: reduction must be {_choice(Reduction)}, got {reduction!r}.")
-    if op is not None and not callable(op) and not (isinstance(op, str) and _is_dotted(op)):
+    if op is not None and not callable(op) and not (isinstance(op, str) and is_dotted(op)):
         raise RuleError(f"{who}: op must be a function or method, or its name such as 'relu', got {op!r}.")
     if isinstance(op, type):
         raise RuleError(f"{who}: op={op.__name__} is a class; modules are selected with layer=.")
@@ -253,23 +251,6 @@ def _check_place(on: object, op: object, param: object, reduction: object, who: 
 def _choice(literal: Any) -> str:
     *others, last = map(repr, get_args(literal))
     return f"{', '.join(others)} or {last}"
-
-
-def _is_dotted(name: str) -> bool:
-    return all(part.isidentifier() for part in name.split("."))
-
-
-def _checked_layers(layer: object, who: str) -> tuple[Layer, ...] | None:
-    if layer is None:
-        return None
-    layers = _several(layer, "layer", who)
-    for one in layers:
-        named = isinstance(one, str) and _is_dotted(one)
-        if not named and not (isinstance(one, type) and issubclass(one, nn.Module)):
-            raise RuleError(f"{who}: layer must be nn.Module classes or class names, got {one!r}.")
-    if not layers:
-        raise RuleError(f"{who}: layer is empty; leave it out to match every layer.")
-    return tuple(layers)
 
 
 def _checked_pattern(pattern: object, field: str, who: str) -> Pattern:

@@ -19,6 +19,7 @@ from .lowering import lower
 from .matching import match
 from .module import forget_given, state_of
 from .planning import Emit, Plan, plan
+from .resolving import resolve
 from .rules import Rule, checked_rules
 from .watching import watch
 
@@ -49,7 +50,8 @@ def transform(
     Raises:
         RuleError: a malformed rule.
         MatchError: a rule that matches nothing, a duplicate, a contradiction.
-        CaptureError: a model that cannot be captured, or a transform that cannot be shown to hold.
+        CaptureError: a model that cannot be captured, a transform that cannot be shown to hold, or a position that the
+            graph does not show.
         VerifyError: with `example_inputs`, a result that differs from the model and the rules.
 
     >>> import torch, fxreg
@@ -76,7 +78,8 @@ def transform(
             )
     refuse_transformed(root)
     with _without_collection():
-        planned = plan(match(root, checked_rules(rules)))
+        matches = match(root, checked_rules(rules))
+        planned = plan(matches)
         if captured is not None and planned.on_forward:
             raise CaptureError(
                 f"rule {planned.on_forward[0].label!r} is on activations, and an exported program no longer tells "
@@ -84,10 +87,16 @@ def transform(
             )
         marked = frozenset(site for edit in planned.activations for site in edit.sites if edit.op is None)
         captured = captured or capture(root, example_inputs, marked)
+        planned = plan(resolve(root, matches, captured)) if planned.is_open else planned
         gm = lower(root, captured, planned, emit)
     if example_inputs is not None:
         gm = verified(gm, model, example_inputs)
         state = state_of(gm)
+        if any(m.position for m in matches) and plan(resolve(root, matches, state.captured)) != planned:
+            raise CaptureError(
+                "positions in the graph were asked of a recording that is not the model, and another graph says "
+                "something else of them. Select by name= instead of where=."
+            )
         vars(state)["islands"] = islands(root, state.captured, example_inputs)
     forget_given(state_of(gm))
     watch(gm)

@@ -476,6 +476,8 @@ def test_a_penalty_and_the_optimizers_decay_on_one_parameter() -> None:
     assert decays(optimizer, model, fxreg.Rule(fxreg.l1(0.1), param="weight")) == []
     assert decays(torch.optim.AdamW(model.parameters(), weight_decay=0.0), model, weight) == []
     assert decays(torch.optim.SGD(model.parameters()), model, weight) == []
+    undecided = fxreg.Rule(fxreg.l2(0.1), param="weight", where=fxreg.last())
+    assert fxreg.lint(model, undecided, optimizer=optimizer) == ()  # nobody has looked at the graph
     groups = [{"params": [model.weight], "weight_decay": 0.0}, {"params": [model.bias]}]
     assert decays(torch.optim.AdamW(groups), model, weight) == []
 

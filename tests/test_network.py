@@ -56,6 +56,7 @@ def test_a_node_says_what_it_is_and_whose() -> None:
     assert labels["head_weight_l1"] == "l1"
     assert labels["head_bias_clip_norm"] == "clip_norm"
     assert labels["loss_scale"] == labels["attach"] == ""  # they serve several
+    assert labels["features_4"] == ""  # what reads a module to call it with another weight
     assert labels["x"] is labels["output"] is None
 
 

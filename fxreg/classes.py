@@ -1,0 +1,77 @@
+"""Classes of modules as rules ask for them: by the class, or by its name."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from .errors import RuleError
+from .kinds import Kind
+
+Layer: TypeAlias = type[nn.Module] | str
+
+
+def checked_layers(layers: object, who: str, what: str = "layer") -> tuple[Layer, ...]:
+    """One or several classes or names of classes, as a tuple."""
+    found = several(layers, what, who)
+    for one in found:
+        named = isinstance(one, str) and is_dotted(one)
+        if not named and not (isinstance(one, type) and issubclass(one, nn.Module)):
+            raise RuleError(f"{who}: {what} must be nn.Module classes or class names, got {one!r}.")
+    if not found:
+        raise RuleError(f"{who}: {what} is empty; leave it out to match every layer.")
+    return tuple(found)
+
+
+def several(value: object, field: str, who: str) -> Sequence[Any]:
+    """One or several values as a sequence."""
+    if isinstance(value, str | re.Pattern | type):
+        return (value,)
+    try:
+        return tuple(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise RuleError(f"{who}: {field} must be one or several, got {value!r}.") from None
+
+
+def is_dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def is_of(layers: tuple[Layer, ...], kind: Kind) -> bool | None:
+    """Whether a module of that kind is one of the layers asked for; None where nothing says so."""
+    if not layers or any(_is_instance(cls, layer) for cls in kind.classes for layer in layers):
+        return True
+    if kind.classes:
+        return False
+    return True if any(isinstance(layer, str) and _ends(kind.name, layer) for layer in layers) else None
+
+
+def is_known(name: str, classes: Iterable[type], unloaded: Iterable[str]) -> bool:
+    """Whether a class of that name is there, or would be."""
+    by_name = (_ends(qualified, name) for qualified in unloaded)
+    return _torch_class(name) is not None or any(_is_named(cls, name) for cls in classes) or any(by_name)
+
+
+def _is_instance(cls: type, layer: Layer) -> bool:
+    if isinstance(layer, type):
+        return issubclass(cls, layer)
+    return any(_is_named(base, layer) for base in cls.__mro__)
+
+
+def _is_named(cls: type, name: str) -> bool:
+    """Whether `name` is a dotted suffix of the class's qualified name; `nn.` means `torch.nn.`."""
+    return cls is _torch_class(name) or _ends(f"{cls.__module__}.{cls.__qualname__}", name)
+
+
+def _ends(qualified: str, name: str) -> bool:
+    return not name.startswith("nn.") and f".{qualified}".endswith(f".{name}")
+
+
+def _torch_class(name: str) -> object:
+    """The class of that name in `torch.nn`: "Linear", "nn.Linear" or "torch.nn.Linear"."""
+    found: object = nn
+    prefix = "torch.nn." if name.startswith("torch.nn.") else "nn."
+    for part in name.removeprefix(prefix).split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
