@@ -27,6 +27,7 @@ from .constraints import (
 )
 from .controls import load_state_dict, penalties, set_loss_scale, state_dict, strengths
 from .decorating import gradient, penalty
+from .drawing import draw
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
 from .functions import input_gradient, jacobian
 from .gradients import (
@@ -92,6 +93,7 @@ __all__ = [
     "constraint",
     "decorrelation",
     "diff",
+    "draw",
     "elastic_net",
     "entropy",
     "ewc",
