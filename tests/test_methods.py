@@ -37,7 +37,8 @@ def test_every_example_on_the_page_says_what_it_does(page: str) -> None:
 
 
 def test_the_pages_have_not_lost_their_examples() -> None:
-    assert {"activations.md", "anchors.md", "methods.md", "injection.md", "exported.md", "capture.md"} <= {*WITH_EXAMPLES}
+    pages = {"activations.md", "anchors.md", "methods.md", "injection.md", "exported.md", "capture.md"}
+    assert pages <= {*WITH_EXAMPLES}
 
 
 def test_the_page_of_effects_is_what_the_registry_says() -> None:
