@@ -37,6 +37,12 @@ def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
     """Call a module with some of its parameters replaced, ties included."""
     if not substitutes:
         return module(*args, **kwargs)
+    if any(hasattr(inner, "set_reshard_after_forward") for inner in module.modules()):
+        raise CaptureError(
+            f"a {type(module).__name__} was sharded by itself (fully_shard), and a rule transforms the gradient of its "
+            f"{next(iter(substitutes))!r}: it would use its own parameters, untransformed. Shard the emitted module as "
+            "a whole, or use via='penalty'."
+        )
     # A recurrent layer also keeps its weights in a list, and would keep the substitutes there.
     recurrent = [inner for inner in module.modules() if isinstance(inner, nn.RNNBase)]
     kept = [(inner._flat_weights, inner._flat_weight_refs) for inner in recurrent]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import operators
 from .errors import RuleError
+from .norms import whole
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,12 @@ class PenaltyFormula:
     ) -> Tensor:
         """seed · s · dR/dw from the closed form."""
         assert self.closed_form is not None
-        return self._scaled(self.closed_form, weight, seed, strengths, arguments)
+        found = self._scaled(self.closed_form, weight, seed, strengths, arguments)
+        placements = getattr(weight, "placements", None)
+        if placements is not None and placements != getattr(found, "placements", None):
+            sharded: Any = found  # another way than the weight, whose gradient is expected its way
+            found = sharded.redistribute(placements=placements)
+        return found
 
     def _scaled(
         self,
@@ -113,7 +119,7 @@ class JointFormula:
             shapes, expected = ([tuple(one.shape) for one in several] for several in (found, grads))
             if shapes != expected:
                 raise RuleError(f"the new gradients have shapes {shapes}, the old ones {expected}")
-            acts = (factors[0] == 1) | torch.stack([grad.isfinite().all().to(device) for grad in grads]).all()
+            acts = (factors[0] == 1) | torch.stack([whole(grad.isfinite().all()).to(device) for grad in grads]).all()
             return [
                 torch.where(acts.to(old.device), new * factor, old)
                 for old, new, factor in zip(grads, found, factors, strict=True)

@@ -13,7 +13,7 @@ from .decorating import gradient
 from .groups import group_norms
 from .hashing import standard_normal
 from .joining import joint_gradient
-from .norms import norm
+from .norms import norm, whole
 
 
 @gradient
@@ -81,7 +81,7 @@ def clip_global_norm(grads: list[Tensor], weights: list[Tensor], *, max_norm: St
 
     Source: Pascanu, Mikolov and Bengio (2013), "On the difficulty of training recurrent neural networks", alg. 1.
     """
-    total = norm(torch.stack([norm(grad).to(max_norm) for grad in grads]))
+    total = norm(torch.stack([whole(norm(grad)).to(max_norm) for grad in grads]))
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     return [grad * factor.to(grad) for grad in grads]
 

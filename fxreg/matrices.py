@@ -162,7 +162,7 @@ def _spectral_slope(matrix: Tensor, iterations: int) -> Tensor:
     if matrix.numel():  # without overflow, whatever the size of the numbers
         largest = matrix.detach().abs().amax()
         scaled = matrix / torch.where(largest > 0, largest, 1)
-    index = torch.arange(matrix.shape[1], device=matrix.device)
+    index = matrix.new_ones(matrix.shape[1], dtype=torch.int64).cumsum(0)  # beside a sharded matrix, too
     right = 1 + torch.cos((index * index % 6283).to(matrix.dtype) / 1000)  # orthogonal to nothing that weights are like
     for _ in range(iterations):
         right = scaled.mT @ (scaled @ right)

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def whole(number: Tensor) -> Tensor:
+    """A number that was computed from a sharded tensor, for all ranks: beside it there may be others that were not."""
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
+
+
 def norm(tensor: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
     """‖x‖₂ of all of a tensor, 0-d; or over some dimensions, which stay, of size 1. Gradient: x/‖x‖₂, 0 at 0."""
     stay = dim is not None

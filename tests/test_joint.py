@@ -366,6 +366,17 @@ def group() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def test_layers_that_are_sharded_by_themselves_are_refused(group: None) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for rule in (fxreg.Rule(fxreg.clip_global_norm(0.3)), fxreg.Rule(fxreg.l2(0.3), via="gradient")):
+        model, x = build(torch.float32)
+        gm = fxreg.transform(model, rule)
+        fully_shard(model.first)
+        with pytest.raises(fxreg.CaptureError, match=r"Linear was sharded by itself .*'weight'.*as a whole"):
+            gm(x)
+
+
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_in_parallel_each_rank_clips_its_own(group: None, way: str) -> None:
     from torch.distributed.fsdp import fully_shard
