@@ -328,6 +328,7 @@ def test_only_what_happens_in_train_mode_matters() -> None:
         (fxreg.elastic_net(0.1, 0.1), True),
         (fxreg.group_lasso(0.1), True),
         (fxreg.nuclear_norm(0.1), True),
+        (fxreg.spectral(0.1), True),
         (fxreg.orthogonal(0.1), False),
         (fxreg.clip_norm(1.0), False),
     ],
