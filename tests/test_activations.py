@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fxreg
 
+from .marks import slow_but
 from .reference import Gradients, assert_same
 
 pytestmark = pytest.mark.filterwarnings(  # Dynamo, where its graph breaks
@@ -234,7 +235,8 @@ def test_training_is_training_the_hand_written_loss(case: str, examples: bool, e
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "case", ["layer", "twice", "input", "container", "root", "in place", "attention", "a structure"]
+    "case",
+    slow_but(["layer"], ["layer", "twice", "input", "container", "root", "in place", "attention", "a structure"]),
 )
 def test_compiled_it_is_the_same_in_one_graph(case: str, backend: str) -> None:
     kind, keys, on, names = CASES[case]
@@ -244,7 +246,7 @@ def test_compiled_it_is_the_same_in_one_graph(case: str, backend: str) -> None:
     assert_same(trained(torch.compile(gm, backend=backend, fullgraph=True), model, x), wanted, 1e-4)
 
 
-@pytest.mark.parametrize("case", ["opaque", "inside opaque", "opaque root"])
+@pytest.mark.parametrize("case", slow_but(["inside opaque"], ["opaque", "inside opaque", "opaque root"]))
 def test_compiled_what_is_inside_opaque_modules_is_penalized(case: str) -> None:
     kind, keys, on, names = CASES[case]
     model, x = build(kind)

@@ -4,7 +4,7 @@ differences, or with float64."""
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fxreg
 from fxreg.effects import registry
 
+from .marks import slow_but
 from .test_registry import EXAMPLES, QUICK
 
 EMITS = ("backward", "output", "loss")
@@ -77,11 +78,6 @@ def vias(name: str) -> list[Any]:
 def ways(name: str) -> Iterator[tuple[Any, Any]]:
     """Every way into the graph."""
     return itertools.product(vias(name), EMITS)
-
-
-def mostly_slow(names: Iterable[str]) -> list[Any]:
-    """Of tests that take a while, a few are quick."""
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
 
 
 # Penalties: derivatives.
@@ -161,7 +157,7 @@ def test_at_the_ends_of_float32_penalties_are_what_they_are_in_float64(name: str
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", mostly_slow(PENALTIES))
+@pytest.mark.parametrize("name", slow_but(QUICK, PENALTIES))
 def test_of_a_million_elements_penalties_are_what_they_are_in_float64(name: str, dtype: torch.dtype) -> None:
     """Those of 16 bits too: they accumulate in float32."""
     effect = EXAMPLES[name].effect
@@ -326,7 +322,7 @@ def test_at_the_ends_of_float32_transforms_are_what_they_are_in_float64(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", mostly_slow(TRANSFORMS))
+@pytest.mark.parametrize("name", slow_but(QUICK, TRANSFORMS))
 def test_of_a_million_elements_transforms_are_what_they_are_in_float64(name: str, dtype: torch.dtype) -> None:
     effect = EXAMPLES[name].effect
     weight, grad = random(4, 250_000, dtype=dtype), random(4, 250_000, seed=1, dtype=dtype)
@@ -366,7 +362,7 @@ def trained(effect: Any, via: Any, emit: Any) -> list[Tensor]:
     return list(model.parameters())
 
 
-@pytest.mark.parametrize("name", mostly_slow(EXAMPLES))
+@pytest.mark.parametrize("name", slow_but(QUICK, EXAMPLES))
 def test_twenty_steps_by_every_lowering_end_at_the_same_weights(name: str) -> None:
     effect = EXAMPLES[name].effect
     lowerings = [via for via in registry[name].vias if via != "proximal"]

@@ -13,6 +13,7 @@ import fxreg
 
 from .coverage import all_tensors, assert_faithful, assert_unchanged_by, called_layers, regularized, seen_layers
 from .families import FAMILIES, KINDS, Inputs
+from .marks import slow_but
 
 ZOO = {family.name: family for family in FAMILIES}
 TESTED = (
@@ -45,9 +46,7 @@ def test_the_zoo_has_models_of_every_kind() -> None:
     assert {ZOO[name].kind for name in TESTED} == set(KINDS)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TESTED]
-)
+@pytest.mark.parametrize("name", slow_but(QUICK, TESTED))
 def test_a_real_model_trains_on_the_hand_written_loss(name: str) -> None:
     model, examples = ZOO[name].make()
     gm = regularized(model, examples, STRENGTH)

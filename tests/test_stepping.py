@@ -18,6 +18,7 @@ import fxreg
 from fxreg import calls
 from fxreg.updates import has_moved
 
+from .marks import slow_but
 from .models import build
 from .reference import Term, by_hand, is_weight, penalty_terms, transform_terms, weights
 from .reference import assert_same as assert_gradients
@@ -148,15 +149,15 @@ def compare(trial: Trial, make: Make, steps: int = 20, **options: Any) -> None:
     torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_every_optimizer_steps_as_in_the_ordinary_loop(make: Make) -> None:
-    compare(Trial("tiny", RULES["groups"]()), make)
+@pytest.mark.parametrize("name", slow_but(["sgd with momentum", "adam"], OPTIMIZERS))
+def test_every_optimizer_steps_as_in_the_ordinary_loop(name: str) -> None:
+    compare(Trial("tiny", RULES["groups"]()), OPTIMIZERS[name])
 
 
 CASES = [(rules, "backward") for rules in RULES] + [(r, emit) for r in ("penalties", "clipped") for emit in EMITS[1:]]
 
 
-@pytest.mark.parametrize(("rules", "emit"), CASES)
+@pytest.mark.parametrize(("rules", "emit"), slow_but([("penalties", "backward")], CASES))
 def test_every_rule_acts_as_in_the_ordinary_loop(rules: str, emit: str) -> None:
     compare(Trial("mlp", RULES[rules](), emit), OPTIMIZERS["sgd with momentum"])
 
@@ -175,7 +176,7 @@ def test_inductor(make: str, emit: str) -> None:
     compare(Trial("tiny", RULES["penalties"](), emit), OPTIMIZERS[make], steps=5, backend="inductor")
 
 
-@pytest.mark.parametrize("name", ["nesterov", "adam decayed", "adamw with a tensor"])
+@pytest.mark.parametrize("name", slow_but(["nesterov"], ["nesterov", "adam decayed", "adamw with a tensor"]))
 def test_schedules_of_numbers_and_strengths_compile_nothing_anew(name: str) -> None:
     trial, backend = Trial("tiny", []), CompileCounterWithBackend("aot_eager")
     trial.gm = fxreg.transform(trial.model, [fxreg.Rule(fxreg.l1(1.0))])
@@ -209,6 +210,7 @@ def test_an_option_that_is_switched_holds_from_the_next_step_on() -> None:
         trial.assert_same()
 
 
+@pytest.mark.slow
 def test_other_steps_do_not_count_towards_the_limit_of_recompilations() -> None:
     with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(3):
@@ -216,7 +218,10 @@ def test_other_steps_do_not_count_towards_the_limit_of_recompilations() -> None:
             trial.step(OPTIMIZERS["sgd"](trial.parameters()), backend="eager")()
 
 
-@pytest.mark.parametrize(("name", "first"), [("sgd with momentum", "step"), ("dampened", "loop"), ("adam", "step")])
+@pytest.mark.parametrize(
+    ("name", "first"),
+    slow_but([("dampened", "loop")], [("sgd with momentum", "step"), ("dampened", "loop"), ("adam", "step")]),
+)
 def test_the_state_goes_from_the_step_to_the_ordinary_loop_and_back(name: str, first: str) -> None:
     trial, make = Trial("tiny", RULES["penalties"]()), OPTIMIZERS[name]
     optimizer, reference = make(trial.parameters()), make(list(trial.twin.parameters()))
@@ -251,6 +256,7 @@ def test_a_scheduler_behind_the_step_does_not_warn_and_one_before_it_does() -> N
     schedule.step()
 
 
+@pytest.mark.slow
 def test_hooks_behind_the_step_see_the_new_parameters() -> None:
     trial = Trial("mlp", [])
     optimizer, weight = OPTIMIZERS["sgd"](trial.parameters()), trial.model.fc1.weight
@@ -286,7 +292,7 @@ def test_a_proximal_step_follows() -> None:
     assert not trial.model.fc3.weight.all()
 
 
-@pytest.mark.parametrize("emit", EMITS)
+@pytest.mark.parametrize("emit", slow_but(["backward"], EMITS))
 def test_penalties_on_activations_and_on_parameters(emit: str) -> None:
     trial = Trial("tiny", RULES["penalties"](), emit)
     rules = [fxreg.Rule(fxreg.l2(0.3), layer="Tanh", on="output"), *(term.rule for term in trial.terms)]
@@ -301,6 +307,7 @@ def test_penalties_on_activations_and_on_parameters(emit: str) -> None:
     trial.assert_same()
 
 
+@pytest.mark.slow
 def test_what_has_no_gradient_is_left_alone() -> None:
     trial = Trial("mlp", [])
     trial.model.fc3.weight.requires_grad_(False)
@@ -328,7 +335,7 @@ def test_the_loss_scale_is_followed() -> None:
     trial.assert_same()
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", slow_but([True], [True, False]))
 def test_a_loss_that_is_weighted_weights_its_penalty(training: bool) -> None:
     trial = Trial("tiny", RULES["penalties"](), "loss")
     trial.gm.train(training)
@@ -359,6 +366,7 @@ class TwoInputs(nn.Module):
         return self.inner(x - y)
 
 
+@pytest.mark.slow
 def test_named_inputs_several_targets_and_a_loss_with_parameters() -> None:
     model, loss_fn = TwoInputs(), Scaled()
     twins = copy.deepcopy((model, loss_fn))
@@ -373,7 +381,7 @@ def test_named_inputs_several_targets_and_a_loss_with_parameters() -> None:
             torch.testing.assert_close(actual, expected.detach() - 0.1 * expected.grad)
 
 
-@pytest.mark.parametrize("emit", EMITS)
+@pytest.mark.parametrize("emit", slow_but(["backward"], EMITS))
 def test_the_module_compiles_by_itself_before_and_behind_a_step(emit: str) -> None:
     trial, backend = Trial("tiny", RULES["penalties"](), emit), CompileCounterWithBackend("aot_eager")
     optimizer = SGD(trial.parameters(), lr=0.0)
@@ -414,6 +422,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
+@pytest.mark.slow
 def test_checkpoints_and_functions_with_a_backward_of_their_own() -> None:
     trial = Trial("tiny", RULES["penalties"]())
     trial.model = Odd()
@@ -427,6 +436,7 @@ def in_full_precision(output: Tensor, target: Tensor) -> Tensor:
         return loss_of(output.float() @ torch.ones(2, 2), target)
 
 
+@pytest.mark.slow
 def test_autocast_around_the_step_is_around_the_forward_pass_alone() -> None:
     trial = Trial("tiny", RULES["penalties"]())
     trial.model.float()
@@ -452,7 +462,7 @@ def test_without_a_compiler_the_same_code_runs() -> None:
 WAITS = {"item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"}
 
 
-@pytest.mark.parametrize("emit", EMITS)
+@pytest.mark.parametrize("emit", slow_but(["backward"], EMITS))
 def test_nothing_in_a_step_waits_for_the_device(emit: str) -> None:
     """By construction: no operator of a step, in or around its graph, brings a value to Python."""
     effects = [fxreg.Rule(fxreg.l1(0.1)), fxreg.Rule(fxreg.l2(0.1), via="gradient"), fxreg.Rule(fxreg.entropy(0.1))]
