@@ -8,12 +8,12 @@ from typing import Any
 from torch import fx, nn
 
 from . import calls
-from .layers import is_layer
+from .layers import is_plain_layer
 from .planning import PenalizeActivation
 from .shapes import torch_name
 from .torch_calls import is_call_of, may_write, nodes_in, sharing_memory, written
 
-_SEVERAL_LAYERS = (nn.MultiheadAttention, nn.RNNBase, nn.AdaptiveLogSoftmaxWithLoss, nn.RNNCellBase)
+_SEVERAL_LAYERS = (nn.MultiheadAttention, nn.RNNBase, nn.AdaptiveLogSoftmaxWithLoss, nn.RNNCellBase, nn.Identity)
 _SEVERAL = {
     "chunk", "split", "unbind", "tensor_split", "hsplit", "vsplit", "dsplit", "topk", "sort", "max", "min", "median",
     "mode", "kthvalue", "cummax", "cummin", "frexp", "aminmax", "var_mean", "std_mean", "unique", "svd", "qr", "eigh",
@@ -58,6 +58,7 @@ class Places:
             if _may_write(model, node):
                 self._writers.append(node)
         self._written = functools.cache(written)
+        self._returned = sharing_memory(graph.output_node().all_input_nodes)
 
     def _inside(self, node: fx.Node) -> Iterator[tuple[str, nn.Module]]:
         """The modules that a node calls as a whole; what passes a module that it calls itself is marked."""
@@ -78,7 +79,7 @@ class Places:
                 if edit.on == "output":
                     yield self._spot(node.next, (node,))
                 else:
-                    taken = dict.fromkeys(nodes_in((node.args, node.kwargs)))
+                    taken = nodes_in((node.args, node.kwargs))
                     yield self._spot(node, tuple(one for one in taken if one.op != "get_attr"))
 
     def regions(self, edit: PenalizeActivation) -> Iterator[tuple[fx.Node, str]]:
@@ -90,12 +91,10 @@ class Places:
                 yield from ((node, "") for node in self._whole.get(site, ()))
 
     def is_written_later(self, spot: Spot, value: fx.Node) -> bool:
-        """Whether something behind a spot may write into the memory of a value."""
-        later = [node for node in self._writers if node >= spot.before]
-        if not later:
-            return False
+        """Whether something behind a spot may write into the memory of a value: whoever is given it, too."""
         memory = sharing_memory([value])
-        return any(not memory.isdisjoint(self._written(node)) for node in later)
+        later = [node for node in self._writers if node >= spot.before]
+        return not memory.isdisjoint(self._returned) or any(not memory.isdisjoint(self._written(one)) for one in later)
 
     def _spot(self, before: fx.Node, values: Any) -> Spot:
         return Spot(before, values, len(values) == 1 and _is_tensor(self._model, values[0]))
@@ -104,7 +103,7 @@ class Places:
 def _may_write(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        return bool(getattr(module, "inplace", False)) or not is_layer(module) or bool(module._modules)
+        return bool(getattr(module, "inplace", False)) or not is_plain_layer(module)
     return node.op in ("call_function", "call_method") and not _is_ours(node) and may_write(node)
 
 
@@ -116,8 +115,8 @@ def _is_tensor(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
         several = isinstance(module, _SEVERAL_LAYERS) or bool(getattr(module, "return_indices", False))
-        return is_layer(module) and not several
-    if node.op not in ("call_function", "call_method") or torch_name(node) in _SEVERAL:
+        return is_plain_layer(module) and not several
+    if node.op not in ("call_function", "call_method") or torch_name(node) in {*_SEVERAL, ""}:
         return False
     return node.target is calls.expect_tensor or not _is_ours(node)
 

@@ -94,8 +94,8 @@ def _tell(edits: Sequence[PenalizeActivation], values: Any, note: Note) -> None:
     if not edits:
         return
     with torch._C.DisableTorchFunction():  # what is done here is none of the model's
-        found = {id(one): one for one in tensors(values) if one.is_floating_point()}
-        for edit, tensor in itertools.product(edits, found.values()):
+        found = [one for one in tensors(values) if one.is_floating_point()]
+        for edit, tensor in itertools.product(edits, found):
             note(edit, tensor.clone())
 
 

@@ -89,12 +89,12 @@ def penalize(
         effect: the name of the penalty's operator and its overload.
         what: the values, for people.
     """
-    found = {id(tensor): tensor for tensor in tensors(values) if tensor.is_floating_point()}
+    found = [tensor for tensor in tensors(values) if tensor.is_floating_point()]
     if not found:
         raise FxregError(f"{what}: there is no floating-point tensor to penalize. Narrow the rule, or mend on=.")
     name, overload = effect.split(".")
     operator = getattr(getattr(torch.ops.fxreg, name), overload)
-    terms = [reduced(operator(one, *strengths, **arguments), one, reduction) for one in found.values()]
+    terms = [reduced(operator(one, *strengths, **arguments), one, reduction) for one in found]
     result: Tensor = total(terms)
     return result
 

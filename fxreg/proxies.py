@@ -3,13 +3,14 @@
 import dis
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
 from .calls import unpack
+from .hidden_uses import inside
 
 
 class Untraceable(BaseException):
@@ -89,22 +90,13 @@ for _name in (
 
 
 def proxies_in(value: Any, seen: frozenset[int] = frozenset()) -> Iterator[fx.Proxy]:
-    """The proxies in a value: in containers, and in the attributes of objects that are no modules."""
+    """The proxies in a value: in containers, and in whatever objects that are no modules refer to."""
     kind = type(value)  # asking isinstance of a proxy makes the tracer give up
-    inside: Iterable[Any] = ()
     if issubclass(kind, fx.Proxy):
         yield value
-    elif id(value) in seen or issubclass(kind, nn.Module | Tensor | type):
-        return
-    elif issubclass(kind, tuple | list):
-        inside = value
-    elif issubclass(kind, dict):
-        inside = value.values()
-    else:
-        attributes = getattr(value, "__dict__", None)
-        inside = attributes.values() if isinstance(attributes, dict) else ()
-    for one in inside:
-        yield from proxies_in(one, seen | {id(value)})
+    elif id(value) not in seen and not issubclass(kind, nn.Module | Tensor | type):
+        for one in inside(value):
+            yield from proxies_in(one, seen | {id(value)})
 
 
 def holds_proxy(value: Any) -> bool:

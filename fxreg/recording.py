@@ -295,8 +295,7 @@ class Recorder:
             return
         try:
             with torch._C.DisableTorchFunction():
-                found = {id(one): one for one in tensors(values)}
-                self.writer.call(calls.passes, tuple(map(self.writer.argument, found.values())), path, on)
+                self.writer.call(calls.passes, tuple(map(self.writer.argument, tensors(values))), path, on)
         except (Unrecordable, CaptureError) as failure:
             self.give_up(str(failure))
 

@@ -33,12 +33,15 @@ _REFUSED = {
     "share_memory_", "data", "grad", "register_post_accumulate_grad_hook", "__deepcopy__", "manual_seed", "apply_",
     "map_", "storage", "__set__", "t_", "transpose_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_",
 }  # fmt: skip
-_OPERATORS = {
+_WRITING = {
+    f"__{name}__": getattr(operator, name)
+    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+}
+_OPERATORS = _WRITING | {
     f"__{name}__": getattr(operator, name)
     for name in (
-        "getitem", "setitem", "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod",
-        "pow", "matmul", "xor", "neg", "invert", "lshift", "rshift", "iadd", "isub", "imul", "itruediv", "ifloordiv",
-        "imod", "ipow", "iand", "ior", "ixor",
+        "getitem", "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod",
+        "pow", "matmul", "xor", "neg", "invert", "lshift", "rshift",
     )
 } | {"__and__": operator.and_, "__or__": operator.or_}  # fmt: skip
 _REVERSED = {
@@ -140,7 +143,7 @@ _FRESH_LAYERS = (
 def may_write(node: fx.Node) -> bool:
     """Whether a call of a function or method may write into its arguments."""
     name = torch_name(node)
-    if (is_in_place(name) and name not in WANTS) or name == "setitem":
+    if (is_in_place(name) and name not in WANTS) or node.target in _WRITING.values():
         return True
     return "out" in node.kwargs or bool(node.kwargs.get("inplace")) or (node.op == "call_function" and not name)
 
@@ -148,7 +151,7 @@ def may_write(node: fx.Node) -> bool:
 def written(node: fx.Node) -> set[fx.Node]:
     """The nodes whose values a node that writes into its arguments may change: these, and what they may be views of."""
     first, out = node.args[:1], node.kwargs.get("out")
-    known = node.op != "call_module" and bool(torch_name(node))
+    known = node.op != "call_module" and bool(torch_name(node)) and bool(node.args)
     return sharing_memory(nodes_in((first, out)) if known else node.all_input_nodes)
 
 
@@ -159,7 +162,9 @@ def sharing_memory(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         one = waiting.pop()
         if one not in found:
             found.add(one)
-            if torch_name(one) not in _FRESH and one.meta.get(LAYER) not in _FRESH_LAYERS:
+            if one.op == "get_attr":  # one tensor, however often it is read
+                found.update(one.graph.find_nodes(op="get_attr", target=one.target, sort=False))
+            if may_write(one) or (torch_name(one) not in _FRESH and one.meta.get(LAYER) not in _FRESH_LAYERS):
                 waiting += one.all_input_nodes
     return found
 

@@ -229,8 +229,7 @@ class SoundTracer(fx.Tracer):
 
     def mark(self, values: Any, path: str, on: str) -> None:
         """Say in the graph that activations of a module pass here."""
-        found = {proxy.node: proxy for proxy in proxies_in(values)}
-        self.call(passes, tuple(found.values()), path, on)
+        self.call(passes, tuple(proxies_in(values)), path, on)
 
     def _called_at(
         self, path: str, module: nn.Module, reach: Snapshot | None, run: Callable[..., Any], args: Any, kwargs: Any
@@ -338,7 +337,7 @@ class SoundTracer(fx.Tracer):
         recent = itertools.takewhile(lambda node: last is None or node > last, reversed(self._opaque_results))
         for node in reversed([*recent]):
             path = self._opaque_results[node]
-            if not node.users:
+            if all(user.target is passes for user in node.users):
                 self.give_up(f"returns or discards what opaque {path!r} returns, and asks whether it is None")
             self.expect(node, f"what {path!r} returned")
             del self._opaque_results[node]

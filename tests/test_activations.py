@@ -1,5 +1,6 @@
 """Rules on activations: every call counts, wherever it stands, and training is training the hand-written loss."""
 
+import collections
 import copy
 import pickle
 from collections.abc import Callable, Iterator
@@ -60,6 +61,66 @@ class InPlace(nn.Module):
         h = self.c(h)
         h[0] = 0.0
         return h.add_(1.0)
+
+
+def doubling(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    args[0].mul_(2.0)
+
+
+class InPlaceToo(nn.Module):
+    """The same by an operator, by a function that is given everything by name, and by a layer's hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act = nn.Tanh()
+        self.act.register_forward_pre_hook(doubling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h += 1.0
+        h = self.b(h)
+        torch.relu_(input=h)
+        return self.act(self.c(h))
+
+
+class Both(nn.Module):
+    """A layer that is given a tensor twice, and gives it twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.both = nn.Linear(3, 4), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        one, other = self.both((h, h.contiguous()))
+        return one + other
+
+
+class BothOpaque(Both):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > -1e9 else x
+
+
+class Queue(nn.Module):
+    """Gives tensors where only a walk through everything finds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x), collections.deque([self.b(x), 7])
+
+
+class Queued(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = Queue()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, rest = self.queue(x)
+        return first + rest[0]
 
 
 class Gate(nn.Module):
@@ -148,7 +209,8 @@ def seen(model: nn.Module, x: Tensor, chosen: Callable[[str], bool], on: str) ->
     def keep(value: Any) -> None:
         if isinstance(value, Tensor):
             found.append(value.clone())
-        for part in value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ():
+        several = isinstance(value, tuple | list | collections.deque)
+        for part in value.values() if isinstance(value, dict) else value if several else ():
             keep(part)
 
     handles = []
@@ -196,6 +258,10 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any], str, Any]] = {
     "in place": (InPlace, {"layer": nn.Linear}, "output", ("a", "b", "c")),
     "in place, input": (InPlace, {"name": "act"}, "input", ("act",)),
     "in place, root": (InPlace, {"name": ""}, "output", ("",)),
+    "in place too": (InPlaceToo, {"layer": nn.Linear}, "output", ("a", "b", "c")),
+    "twice the same": (Both, {"name": "both"}, "output", ("both",)),
+    "twice the same, opaque": (BothOpaque, {"name": "both"}, "output", ("both",)),
+    "a queue": (Queued, {"layer": Queue}, "output", ("queue",)),
     "opaque": (Gated, {"name": "gate"}, "output", ("gate",)),
     "inside opaque": (Gated, {"name": "gate.*"}, "output", ("gate.fc", "gate.act")),
     "inside opaque, input": (Gated, {"layer": nn.Tanh}, "input", ("gate.act",)),
@@ -344,6 +410,111 @@ def test_calls_of_functions_are_penalized_by_name_or_identity(case: str, example
     wanted = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, [*by_hand.parameters()]), strict=True))
     assert_same(trained(gm, model, x), wanted, 1e-5)
     torch.testing.assert_close(fxreg.penalties(gm, x)["l2"], sum(terms).detach())
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["", "verified"])
+def test_what_is_penalized_may_be_the_memory_that_a_call_wrote_to(examples: bool) -> None:
+    class Silu(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            F.silu(h, inplace=True)
+            return h.mul_(2.0)
+
+    torch.manual_seed(1)
+    model, x = Silu(), torch.randn(5, 3)
+    gm = fxreg.transform(
+        model, fxreg.Rule(fxreg.l2(S), op="silu", on="output"), example_inputs=(x,) if examples else None
+    )
+    h = F.silu(model.a(x))
+    wanted = torch.autograd.grad((2 * h).square().mean() + l2(h), [*model.parameters()])
+    assert_same(trained(gm, model, x), dict(zip(dict(model.named_parameters()), wanted, strict=True)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "how", [lambda gm: gm, lambda gm: torch.compile(gm, backend="aot_eager")], ids=["", "compiled"]
+)
+def test_the_caller_may_write_into_the_output(how: Callable[[Any], Any]) -> None:
+    model, x = build(Net)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l2(S), name="head", on="output"), example_inputs=(x,))
+    output = model(x)
+    wanted = torch.autograd.grad((3 * output).square().mean() + l2(output), [*model.parameters()])
+    how(gm)(x).mul_(3.0).square().mean().backward()
+    names = dict(model.named_parameters())
+    assert_same({name: p.grad for name, p in names.items()}, dict(zip(names, wanted, strict=True)), 1e-5)
+
+
+class Normal(nn.Module):
+    """A bias whose gradient is zero, but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_that_are_nothing_but_rounding_are_not_compared(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = Normal(), torch.randn(5, 3)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l2(S), name="norm", on="output"), example_inputs=(x,))
+    found, wanted = trained(gm, model, x), expected(model, x, {"norm"}.__contains__, term=l2)
+    assert max(one.pop("a.bias").abs().max() for one in (found, wanted)) < 1e-4
+    assert_same(found, wanted, 1e-4)
+
+
+class Nothing(nn.Module):
+    """Opaque, and gives nothing."""
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        self.count = 1
+        return None if x.sum() > -1e9 else x
+
+
+class Asking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing, self.a = Nothing(), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.nothing(x)
+        if found is None:
+            return self.a(x)
+        return found
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["", "verified"])
+def test_a_mark_is_no_use_of_what_a_module_gave(examples: bool) -> None:
+    model, x = Asking(), torch.randn(5, 3)
+    rules = [fxreg.Rule(fxreg.l2(S), name=name, on="input", label=name) for name in ("nothing", "a")]
+    gm = fxreg.transform(model, rules, example_inputs=(x,) if examples else None)
+    torch.testing.assert_close(fxreg.penalties(gm, x), {"nothing": l2(x), "a": l2(x)})
+    assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize("emit", ["backward", "output"])
+@pytest.mark.parametrize("op", [torch.gt, torch.fft.fft], ids=["bool", "complex"])
+def test_what_is_no_floating_point_tensor_is_refused(op: Any, emit: Any) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return h * torch.gt(h, 0.0) + torch.fft.fft(h).abs()
+
+    model, x = Odd(), torch.randn(5, 3)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l2(S), op=op, on="output"), emit=emit)
+    with pytest.raises(
+        fxreg.RuleError, match=r"l2 penalizes floating-point tensors, and met one of torch.(bool|complex64)"
+    ):
+        gm(x)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batch"])
