@@ -116,7 +116,7 @@ POINTS: dict[str, Tensor] = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", slow_but(["zero", "kinks"], POINTS))
 @pytest.mark.parametrize("name", PENALTIES)
 def test_at_zeros_ties_and_kinks_all_ways_have_one_gradient_between_the_slopes_on_either_side(
     name: str, point: str
@@ -140,7 +140,7 @@ def test_at_zeros_ties_and_kinks_all_ways_have_one_gradient_between_the_slopes_o
 # Penalties: numbers of all sizes.
 
 
-@pytest.mark.parametrize("size", [1e30, 1e-30])
+@pytest.mark.parametrize("size", slow_but([1e30], [1e30, 1e-30]))
 @pytest.mark.parametrize("name", PENALTIES)
 def test_at_the_ends_of_float32_penalties_are_what_they_are_in_float64(name: str, size: float) -> None:
     effect = EXAMPLES[name].effect
@@ -242,7 +242,7 @@ class Hidden(nn.Module):
 ON_ACTIVATIONS = [name for name in PENALTIES if not registry[name].anchors]
 
 
-@pytest.mark.parametrize("name", ON_ACTIVATIONS)
+@pytest.mark.parametrize("name", slow_but(QUICK, ON_ACTIVATIONS))
 def test_on_batches_of_any_size_activations_are_penalized_by_finite_numbers_or_refused(name: str) -> None:
     rule = fxreg.Rule(EXAMPLES[name].effect, layer="Linear", on="output", reduction="batch")
     for shape, dtype in itertools.product([(0, 4), (1, 4), (2, 0, 4), (2, 3, 4)], [torch.float32, torch.bfloat16]):
@@ -264,7 +264,7 @@ def test_on_batches_of_any_size_activations_are_penalized_by_finite_numbers_or_r
 
 
 @pytest.mark.parametrize("of", [lambda h: torch.complex(h, h), lambda h: h.argmax(1)], ids=["complex", "integer"])
-@pytest.mark.parametrize("name", ON_ACTIVATIONS)
+@pytest.mark.parametrize("name", slow_but(QUICK, ON_ACTIVATIONS))
 def test_activations_without_a_gradient_of_the_formula_are_refused(name: str, of: Any) -> None:
     rule = fxreg.Rule(EXAMPLES[name].effect, layer="Identity", on="output")
     for emit in ("backward", "output"):
@@ -286,7 +286,7 @@ def stepped(effect: Any, weight: Tensor) -> Tensor:
     return model.weight.detach()
 
 
-@pytest.mark.parametrize("size", [1e30, 1.0, 1e-30])
+@pytest.mark.parametrize("size", slow_but([1e30], [1e30, 1.0, 1e-30]))
 @pytest.mark.parametrize("name", WITH_PROXIMAL)
 def test_at_the_ends_of_float32_proximal_steps_are_what_they_are_in_float64(name: str, size: float) -> None:
     effect, weight = EXAMPLES[name].effect, (size * random(4, 4, seed=2)).float()
