@@ -268,7 +268,7 @@ def test_on_batches_of_any_size_activations_are_penalized_by_finite_numbers_or_r
 def test_activations_without_a_gradient_of_the_formula_are_refused(name: str, of: Any) -> None:
     rule = fxreg.Rule(EXAMPLES[name].effect, layer="Identity", on="output")
     for emit in ("backward", "output"):
-        with pytest.raises(fxreg.FxregError, match=f"{name} penalizes floating-point tensors, and met one of torch"):
+        with pytest.raises(fxreg.FxregError, match="there is no floating-point tensor to penalize"):
             fxreg.transform(Hidden(of), rule, emit=emit)(torch.ones(2, 4))
 
 
