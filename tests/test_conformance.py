@@ -272,6 +272,13 @@ def test_activations_without_a_gradient_of_the_formula_are_refused(name: str, of
             fxreg.transform(Hidden(of), rule, emit=emit)(torch.ones(2, 4))
 
 
+def test_the_output_of_a_complex_layer_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)), torch.ones(2, 4, dtype=torch.complex64)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.1), layer="Linear", on="output"))
+    with pytest.raises(fxreg.RuleError, match=r"l1 penalizes floating-point tensors, and met one of torch\.complex64"):
+        gm(x)
+
+
 # Proximal steps.
 
 
