@@ -43,17 +43,23 @@ def _held(value: Any, registered: set[int], seen: set[int]) -> Iterator[int]:
 
 def leads_to(module: nn.Module) -> bool:
     """Whether something that a module, or one inside it, keeps beside its registries leads to the module itself."""
+    return module in reached(module)
+
+
+def reached(module: nn.Module) -> set[nn.Module]:
+    """The modules that something leads to which a module, or one inside it, keeps beside its registries."""
     waiting = [v for one in module.modules() for name, v in vars(one).items() if name not in _REGISTRIES]
     registered = {id(one) for one in module.modules() if one is not module}
     seen: set[int] = set()
+    found: set[nn.Module] = set()
     while waiting:
         value = waiting.pop()
-        if value is module:
-            return True
         if id(value) not in seen and id(value) not in registered and not isinstance(value, _CLOSED):
             seen.add(id(value))
+            if isinstance(value, nn.Module):
+                found.add(value)
             waiting += inside(value)
-    return False
+    return found
 
 
 def inside(value: Any) -> Iterator[Any]:

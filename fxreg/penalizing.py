@@ -3,16 +3,19 @@
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from . import calls, operators, penalty_calls
 from .errors import MatchError
+from .hidden_uses import reached
 from .inserting import Insertion
 from .layers import is_plain_layer
 from .locating import Places, Spot
 from .module import CHILD
 from .planning import PenalizeActivation, Plan
 from .rules import op_name
+from .side_channels import has_hooks
 
 
 def penalize_activations(into: Insertion) -> list[fx.Node]:
@@ -53,14 +56,21 @@ def penalize_functions(into: Insertion) -> list[fx.Node]:
 
 def unseen(into: Insertion) -> str | None:
     """Why this graph cannot be given what the rules on forward calls ask for, if it cannot."""
-    doing_more = (path for path in into.opaque if not is_plain_layer(into.model.get_submodule(path)))
-    if into.plan.functions and (path := next(doing_more, None)) is not None:
-        reason = into.opaque[path]
+    doing_more = _doing_more(into) if into.plan.functions else {}
+    for path, reason in doing_more.items():
         return (
             f"rule {into.plan.functions[0].label!r} calls the captured graph a second time, and in it "
             f"{path or 'the model itself'} runs as it is ({reason}): what it does beside its values would be done "
             "twice. Pass example_inputs= so that more can be captured, or penalize by hand."
         )
+    on_modules = [(edit, path) for edit in into.plan.activations if edit.op is None for path in edit.sites]
+    hidden = _hidden(into) if on_modules else {}
+    for edit, path in on_modules:
+        if path in hidden:
+            return (
+                f"rule {edit.label!r} ({edit.site}): {hidden[path]}, where its calls are not seen. Leave it out with "
+                f"exclude={path!r}."
+            )
     on_calls = [(edit, edit.op) for edit in into.plan.activations if edit.op is not None]
     places = Places(into.model, into.graph) if on_calls else None
     for edit, op in on_calls:
@@ -74,6 +84,29 @@ def unseen(into: Insertion) -> str | None:
                 f"exclude={where!r}, or pass example_inputs= so that more can be seen."
             )
     return None
+
+
+def _doing_more(into: Insertion) -> dict[str, str]:
+    """The paths of the modules that are called as a whole, in which something of the user's runs, with why."""
+    called = {str(node.target): "it has hooks" for node in into.graph.nodes if node.op == "call_module"}
+    hooked = {p: why for p, why in called.items() if any(map(has_hooks, into.model.get_submodule(p).modules()))}
+    return {p: why for p, why in into.opaque.items() if not is_plain_layer(into.model.get_submodule(p))} | hooked
+
+
+def _hidden(into: Insertion) -> dict[str, str]:
+    """The paths of the modules that may be called where no hook tells of it, with where that is."""
+    found: dict[str, str] = {}
+    paths = {module: path for path, module in into.model.named_modules()}
+    for module, path in paths.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            inside = (paths[one] for one in module.modules() if one is not module)
+            found |= dict.fromkeys(inside, f"it is inside {path or 'the model'}, which is scripted")
+    for path, reason in into.opaque.items() if "" not in into.opaque else ():
+        region = into.model.get_submodule(path)
+        others = (reached(region) - {*region.modules()}) & paths.keys()
+        why = f"{path}, which runs as it is ({reason}), reaches it past its registered modules"
+        found |= dict.fromkeys((paths[one] for one in others), why)
+    return found
 
 
 def check_called(plan: Plan, found: list[dict[str, list[str]]]) -> None:

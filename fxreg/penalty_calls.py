@@ -1,16 +1,19 @@
 """The Python functions that emitted graphs call for penalties on forward calls: on activations, and on the function."""
 
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from .calls import call_model, call_with
-from .errors import FxregError
+from .errors import CaptureError, FxregError
 from .functions import directions
 from .operators import drawn as _draw_operator
 from .operators import total
@@ -55,13 +58,19 @@ def _penalized(module: nn.Module, watched: list[Watched], call: Callable[..., An
     if not torch.is_grad_enabled() and all(arguments.get("value") is False for _, _, _, _, arguments, _, _ in watched):
         return call(*args), [zero for _ in watched]
     terms: list[list[Tensor]] = [[] for _ in watched]
-    thread = threading.get_ident()
+    thread, wants_gradient = threading.get_ident(), torch.is_grad_enabled()
 
     def watch(path: str, on: str, found: list[Tensor], penalty: Any) -> RemovableHandle:
         inner = module.get_submodule(path)
 
         def note(values: Any) -> None:
             if threading.get_ident() == thread:
+                if wants_gradient and not torch.is_grad_enabled() and _in_reentrant_checkpoint():
+                    raise CaptureError(
+                        f"{penalty[-1]}: the module runs inside a reentrant checkpoint, where its activations have no "
+                        "gradient. Checkpoint the whole module that fxreg.transform returned, or put the rule on the "
+                        "output of the module that checkpoints."
+                    )
                 # What is inside may write into them later.
                 found.append(penalize(map_tensors(torch.clone, values), *penalty))
 
@@ -78,6 +87,13 @@ def _penalized(module: nn.Module, watched: list[Watched], call: Callable[..., An
         for handle in handles:
             handle.remove()
     return result, [total(found) if found else zero for found in terms]
+
+
+def _in_reentrant_checkpoint() -> bool:
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def penalize(
@@ -120,12 +136,16 @@ def penalize_function(
     """
     edit = state.provenance.plan.functions[which]
     places = [place for place, one in enumerate(inputs) if isinstance(one, Tensor) and one.is_floating_point()]
+    if any(not isinstance(one, Tensor) and any(tensors(one)) for one in inputs):
+        raise FxregError(f"rule {edit.label!r}: there are tensors inside an argument. Pass them as arguments.")
     if not places:
         raise FxregError(f"rule {edit.label!r}: there is no floating-point tensor among the inputs. Drop the rule.")
     if not value and not torch.is_grad_enabled():
         return torch.zeros((), device=inputs[places[0]].device)
     drawn = None if stream is None else _draw_operator(stream)
     parameters = dict(state.function.named_parameters())
+    for site in state.provenance.plan.frozen:
+        parameters[site] = parameters[site].detach()
     buffers = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
 
     def along(sample: int, floating: list[Tensor], buffers: dict[str, Tensor]) -> Tensor:

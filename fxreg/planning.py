@@ -127,6 +127,12 @@ class Plan:
         return any(isinstance(edit, _AtSite) and bool(edit.condition) for edit in self.edits)
 
     @property
+    def frozen(self) -> tuple[str, ...]:
+        """The parameters that a rule cuts off."""
+        pulls = (edit for edit in self.edits if isinstance(edit, PullBack))
+        return tuple(edit.site for edit in pulls if getattr(edit.effect.definition, "detach", False))
+
+    @property
     def effects(self) -> dict[str, Effect]:
         """The effect of every label that acts anywhere."""
         return {edit.label: edit.effect for edit in self.edits}

@@ -111,8 +111,9 @@ class _Run:
     Attributes:
         output: detached.
         penalty: the second half of what emit='output' returns.
-        activations: of the model itself, the rules' penalties on its activations.
-        added: the gradients of these.
+        on_forward: of the model itself, the rules' penalties on its activations and its function.
+        added: the gradients of those on activations.
+        beside: the gradients of those on the function, which reads parameters raw.
         buffers: after the forward pass.
         gradients: of every trainable parameter, and of every input that asks for one.
     """
@@ -121,8 +122,9 @@ class _Run:
     penalty: Tensor | None
     buffers: Mapping[str, Tensor]
     gradients: dict[str, Tensor | None]
-    activations: Tensor | None
+    on_forward: Tensor | None
     added: dict[str, Tensor | None]
+    beside: dict[str, Tensor | None]
 
 
 def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -138,8 +140,8 @@ def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: 
     edits = () if is_emitted else state.provenance.plan.activations
     with observing(module, edits, lambda edit, one: passing.append(activation_value(state, edit, one))):
         output = module(*args, **kwargs)
-    if not is_emitted:
-        passing += [function_value(state, edit, module, args, kwargs) for edit in state.provenance.plan.functions]
+    functions = () if is_emitted else state.provenance.plan.functions
+    beside = [function_value(state, edit, module, args, kwargs) for edit in functions]
     buffers = {name: buffer.detach().clone() for name, buffer in state.model.named_buffers()}
     parameters: dict[str, Tensor] = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
     parameters |= {f"input {k}": t for k, t in enumerate(tensors((args, kwargs))) if t.requires_grad and t.is_leaf}
@@ -159,12 +161,17 @@ def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: 
     if terms and parameters:
         objective = torch.stack([term.to(terms[0]) for term in terms]).sum()
         gradients = _gradients(objective, parameters, compiled=hasattr(module, "_orig_mod"))
-    activations = torch.stack([term.to(passing[0]) for term in passing]).sum() if passing else None
-    added: dict[str, Tensor | None] = {}
-    if activations is not None and activations.requires_grad:
-        added = _gradients(activations, parameters, compiled=False)
-        activations = activations.detach()
-    return _Run(map_tensors(Tensor.detach, output), penalty, buffers, gradients, activations, added)
+    on_forward = _total([term.detach() for term in (*passing, *beside)])
+    added, raw = (_gradients_of(_total(terms), parameters) for terms in (passing, beside))
+    return _Run(map_tensors(Tensor.detach, output), penalty, buffers, gradients, on_forward, added, raw)
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
+
+
+def _gradients_of(penalty: Tensor | None, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    return {} if penalty is None or not penalty.requires_grad else _gradients(penalty, parameters, compiled=False)
 
 
 def _expect_failure(
@@ -180,7 +187,7 @@ def _expect_failure(
 
 
 def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) -> None:
-    emit, reference = state.provenance.emit, _objective(state, theirs.activations)
+    emit, reference = state.provenance.emit, _objective(state, theirs.on_forward)
     if type(theirs.output) is not type(ours.output) and not isinstance(theirs.output, Tensor):
         raise VerifyError(
             f"{where}: the model returns a {type(theirs.output).__name__}, the emitted module a "
@@ -257,6 +264,9 @@ def _with_rules(state: State, run: _Run, weight: float | None) -> dict[str, Tens
             result |= _jointly_pulled(state, pulls, result, parameters)
         elif (site := pulls[0].site) in result:
             result[site] = _pulled(state, pulls[0], result[site], parameters[site])
+    for name, more in run.beside.items():
+        if more is not None and weight is not None and name not in plan.frozen:
+            result[name] = _sum(result[name], more * weight)
     for edit in plan.penalties:
         if edit.site in result and weight is not None:
             added = _penalty_gradient(state, edit, parameters[edit.site]) * weight
@@ -315,11 +325,11 @@ def _value(state: State, edit: Penalize | PullBack, weight: Tensor) -> Tensor:
     return definition.formula.value(weight, live, live_arguments(state, edit))
 
 
-def _objective(state: State, activations: Tensor | None) -> Tensor | None:
-    """Σ s·R over every penalty node's parameter, by the formulas, and over activations."""
+def _objective(state: State, on_forward: Tensor | None) -> Tensor | None:
+    """Σ s·R over every penalty node's parameter, by the formulas, and those on the forward call."""
     parameters = dict(state.model.named_parameters())
     terms = [_value(state, e, parameters[e.site].detach()) for e in state.provenance.plan.penalties]
-    terms += [] if activations is None else [activations]
+    terms += [] if on_forward is None else [on_forward]
     return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
 
 

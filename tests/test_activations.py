@@ -912,3 +912,55 @@ def test_a_checkpoint_inside_what_is_opaque_is_right_or_an_error() -> None:
     gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(S), layer="Tanh", on="output"))
     with pytest.raises(torch.utils.checkpoint.CheckpointError):
         trained(gm, model, x)
+
+
+class Reentrant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Linear(3, 4), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.block, self.stem(x), use_reentrant=True)
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["", "verified"])
+def test_a_reentrant_checkpoint_inside_what_is_opaque_is_an_error(examples: bool) -> None:
+    model, x = Reentrant(), torch.randn(5, 3)
+    rule = fxreg.Rule(fxreg.l1(S), layer="Tanh", on="output")
+    with pytest.raises(fxreg.CaptureError, match=r"output of block.act: the module runs inside a reentrant checkpoint"):
+        fxreg.transform(model, rule, example_inputs=(x,) if examples else None)(x)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(S), name="", on="output"))  # the region's own output
+    twin = copy.deepcopy(model)
+    output = twin(x)
+    (output.square().mean() + l1(output)).backward()
+    assert_same(trained(gm, model, x), {name: p.grad for name, p in twin.named_parameters()}, 1e-5)
+
+
+class Borrowing(Gate):
+    """Opaque, and calls a module that is another's."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.others = [other]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.others[0](x))
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["", "verified"])
+def test_what_an_opaque_module_reaches_past_its_registered_modules_is_refused(examples: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(5, 4)
+    model.append(Borrowing(model[0]))
+    given = (x,) if examples else None
+    with pytest.raises(fxreg.CaptureError, match=r"output of 0\): 2, which runs as it is .*, reaches it past"):
+        fxreg.transform(model, fxreg.Rule(fxreg.l1(S), name="0", on="output"), example_inputs=given)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(S), name="1", on="output"), example_inputs=given)
+    assert_same(trained(gm, model, x), expected(model, x, {"1"}.__contains__), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_what_is_inside_a_scripted_module_is_refused() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    for model, name in ((scripted, "0"), (nn.Sequential(scripted, nn.Linear(4, 4)), "0.0")):
+        with pytest.raises(fxreg.CaptureError, match=r"it is inside (0|the model), which is scripted"):
+            fxreg.transform(model, fxreg.Rule(fxreg.l1(S), name=name, on="output"))

@@ -222,3 +222,39 @@ def test_explain_shows_it_and_strip_takes_it_away() -> None:
     gm = fxreg.transform(make(), RULE)
     assert "input of the model" in str(fxreg.explain(gm))
     assert fxreg.strip(gm).code == fxreg.transform(make(), []).code
+
+
+def noted(module: nn.Module, args: Any, output: Tensor) -> None:
+    """A hook that would run twice."""
+
+
+def test_layers_with_hooks_would_do_twice_what_they_do() -> None:
+    model = make()
+    model.first.register_forward_hook(noted)  # type: ignore[union-attr]
+    with pytest.raises(fxreg.CaptureError, match=r"in it first runs as it is \(it has hooks\)"):
+        fxreg.transform(model, RULE)
+
+
+@pytest.mark.parametrize("examples", [None, (x(),)], ids=["", "verified"])
+@pytest.mark.parametrize("effect", [fxreg.clip_value(1e-3), fxreg.freeze()], ids=["clipped", "frozen"])
+def test_parameters_are_read_raw_and_frozen_ones_stay_frozen(effect: Any, examples: Any) -> None:
+    model = make()
+    gm = fxreg.transform(model, [RULE, fxreg.Rule(effect, name="first")], example_inputs=examples)
+    loss, penalty = (
+        gradients(term, model) for term in (model(x()).square().mean(), S * squared_gradient(model, x()) / 4)
+    )
+    wanted = by_hand(model)
+    for name in ("first.weight", "first.bias"):
+        wanted[name] = None if effect.name == "freeze" else loss[name].clamp(-1e-3, 1e-3) + penalty[name]
+    assert_same(trained(gm), wanted, 1e-9)
+
+
+def test_tensors_inside_an_argument_are_refused() -> None:
+    class Listed(Net):
+        def forward(self, x: Tensor, more: Any) -> Tensor:
+            return super().forward(x) * more[0]
+
+    gm = fxreg.transform(make(Listed), fxreg.Rule(fxreg.input_gradient(S), on="input"))
+    gm(x(), torch.ones(1, dtype=torch.float64))
+    with pytest.raises(fxreg.FxregError, match="there are tensors inside an argument"):
+        gm(x(), [torch.ones(1, dtype=torch.float64)])
