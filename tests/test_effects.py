@@ -350,7 +350,7 @@ def test_spectral_of_random_weights_is_at_most_a_little_too_small(shape: Any) ->
     for seed in range(5):
         weight = weights(*shape, seed=seed, zeros=False)
         ratio = float(fxreg.spectral.function(weight)) / float(torch.linalg.matrix_norm(weight.flatten(1), 2)) ** 2
-        assert 0.96**2 < ratio < 1 + 1e-12
+        assert 0.93**2 < ratio < 1 + 1e-12
         assert fxreg.spectral.function(weight, iterations=100) > fxreg.spectral.function(weight) > 0
 
 
