@@ -122,8 +122,10 @@ def check_called(plan: Plan, found: list[dict[str, list[str]]]) -> None:
 
 def _at(into: Insertion, places: Places, edit: PenalizeActivation, spot: Spot) -> fx.Node:
     """A penalty on what passes at a spot."""
+    target: Any = "clone" if spot.is_tensor else penalty_calls.copied
+    kind = "call_method" if spot.is_tensor else "call_function"
     values = [
-        into.insert(edit.label, "call_method", "clone", (value,)) if places.is_written_later(spot, value) else value
+        into.insert(edit.label, kind, target, (value,)) if places.is_written_later(spot, value) else value
         for value in spot.values
     ]
     if not spot.is_tensor:

@@ -72,7 +72,7 @@ def _penalized(module: nn.Module, watched: list[Watched], call: Callable[..., An
                         "output of the module that checkpoints."
                     )
                 # What is inside may write into them later.
-                found.append(penalize(map_tensors(torch.clone, values), *penalty))
+                found.append(penalize(copied(values), *penalty))
 
         if on == "output":
             return inner.register_forward_hook(lambda module, args, output: note(output))
@@ -94,6 +94,11 @@ def _in_reentrant_checkpoint() -> bool:
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back
     return frame is not None
+
+
+def copied(values: Any) -> Any:
+    """The same with a copy of every tensor."""
+    return map_tensors(torch.clone, values)
 
 
 def penalize(

@@ -169,6 +169,10 @@ def sharing_memory(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
+_SPELLED = {"truediv": "div", "__rdiv__": "div", "mod": "remainder"}
+"""Operators that torch, when it runs, calls by another name than Python."""
+
+
 def is_call_of(op: Any, kind: str, target: Any) -> bool:
     """Whether a node of that kind and target calls a function or method, or one of that name."""
     if kind not in ("call_function", "call_method"):
@@ -176,7 +180,9 @@ def is_call_of(op: Any, kind: str, target: Any) -> bool:
     name = target if kind == "call_method" else str(getattr(target, "__name__", ""))
     if isinstance(op, str):
         module = "torch.Tensor" if kind == "call_method" else str(getattr(target, "__module__", None) or "torch")
-        return name == op or ("." in op and f".{module}.{name}".endswith(f".{op}"))
+        return _SPELLED.get(name, name) == _SPELLED.get(op, op) or (
+            "." in op and f".{module}.{name}".endswith(f".{op}")
+        )
     if kind == "call_function":
         return target is op
     return getattr(Tensor, name, None) is op

@@ -153,6 +153,13 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x)[0])
 
 
+class RecurrentOnly(Recurrent):
+    """The caller may write into what is penalized."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
 class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -268,6 +275,7 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any], str, Any]] = {
     "opaque root": (Gate, {"layer": nn.Tanh}, "output", ("act",)),
     "opaque root itself": (Gate, {"layer": Gate}, "output", ("",)),
     "several tensors": (Recurrent, {"layer": nn.LSTM}, "output", ("lstm",)),
+    "several tensors, root": (RecurrentOnly, {"layer": nn.LSTM}, "output", ("lstm",)),
     "attention": (Attending, {"layer": nn.MultiheadAttention}, "output", ("attention",)),
     "a structure": (Paired, {"layer": Pair}, "output", ("pair",)),
     "keywords": (Paired, {"layer": Pair}, "input", ("pair",)),
@@ -276,7 +284,7 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any], str, Any]] = {
 
 def build(kind: type[nn.Module]) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(1)
-    shape = {Gate: (5, 4), Recurrent: (5, 6, 3), Attending: (5, 6, 3)}.get(kind, (5, 3))
+    shape = {Gate: (5, 4), Recurrent: (5, 6, 3), RecurrentOnly: (5, 6, 3), Attending: (5, 6, 3)}.get(kind, (5, 3))
     return kind(), torch.randn(shape)
 
 
@@ -410,6 +418,27 @@ def test_calls_of_functions_are_penalized_by_name_or_identity(case: str, example
     wanted = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, [*by_hand.parameters()]), strict=True))
     assert_same(trained(gm, model, x), wanted, 1e-5)
     torch.testing.assert_close(fxreg.penalties(gm, x)["l2"], sum(terms).detach())
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["", "verified"])
+@pytest.mark.parametrize("op", ["div", "truediv", "remainder", "mod"])
+def test_operators_are_one_by_either_name(op: str, examples: bool) -> None:
+    class Divided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.sigmoid(self.a(x)) + 1.0
+            return 1.0 / h + h / 3.0 + torch.div(h, 5.0) + h % 2.0
+
+    model, x = Divided(), torch.randn(5, 3)
+    rule = fxreg.Rule(fxreg.l2(S), op=op, on="output")
+    gm = fxreg.transform(model, rule, example_inputs=(x,) if examples else None, emit="output")
+    h = torch.sigmoid(model.a(x)) + 1.0
+    wanted = l2(1.0 / h) + l2(h / 3.0) + l2(h / 5.0) if "div" in op else l2(h % 2.0)
+    torch.testing.assert_close(gm(x)[1], wanted)
+    torch.testing.assert_close(fxreg.penalties(gm, x)["l2"], wanted.detach())
 
 
 @pytest.mark.parametrize("examples", [False, True], ids=["", "verified"])
