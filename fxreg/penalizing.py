@@ -16,6 +16,7 @@ from .module import CHILD
 from .planning import PenalizeActivation, Plan
 from .rules import op_name
 from .side_channels import has_hooks
+from .torch_calls import may_write, written
 
 
 def penalize_activations(into: Insertion) -> list[fx.Node]:
@@ -63,6 +64,11 @@ def unseen(into: Insertion) -> str | None:
             f"{path or 'the model itself'} runs as it is ({reason}): what it does beside its values would be done "
             "twice. Pass example_inputs= so that more can be captured, or penalize by hand."
         )
+    if into.plan.functions and (argument := _written_argument(into)):
+        return (
+            f"rule {into.plan.functions[0].label!r} is about the model's input, and the forward writes into its "
+            f"argument {argument!r}. Let it write into a copy."
+        )
     on_modules = [(edit, path) for edit in into.plan.activations if edit.op is None for path in edit.sites]
     hidden = _hidden(into) if on_modules else {}
     for edit, path in on_modules:
@@ -83,6 +89,21 @@ def unseen(into: Insertion) -> str | None:
                 f"({into.opaque.get(path, 'a layer of its own')}). Narrow the rule with name=, layer= or "
                 f"exclude={where!r}, or pass example_inputs= so that more can be seen."
             )
+    return None
+
+
+def _written_argument(into: Insertion) -> str | None:
+    """An argument that the forward may write into; torch's own layers do so only where they say it."""
+    for node in into.graph.nodes:
+        inplace = node.op == "call_module" and getattr(into.model.get_submodule(str(node.target)), "inplace", False)
+        if inplace or (
+            node.op in ("call_function", "call_method")
+            and getattr(node.target, "__module__", None) != calls.__name__
+            and may_write(node)
+        ):
+            for one in written(node):
+                if one.op == "placeholder":
+                    return str(one.target)
     return None
 
 

@@ -258,3 +258,17 @@ def test_tensors_inside_an_argument_are_refused() -> None:
     gm(x(), torch.ones(1, dtype=torch.float64))
     with pytest.raises(fxreg.FxregError, match="there are tensors inside an argument"):
         gm(x(), [torch.ones(1, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("how", [lambda x: x.detach().mul_(2.0), nn.ReLU(inplace=True)], ids=["detached", "layer"])
+def test_a_forward_that_writes_into_its_input_is_refused(how: Any) -> None:
+    class Writing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            how(x)
+            return super().forward(x)
+
+    model = make(Writing)
+    if isinstance(how, nn.Module):
+        model.how = how
+    with pytest.raises(fxreg.CaptureError, match="the forward writes into its argument 'x'"):
+        fxreg.transform(model, RULE)
