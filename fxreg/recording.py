@@ -33,7 +33,7 @@ from .shapes import LAYER, SHAPE
 from .side_channels import Ledger
 from .sizes import concrete
 from .snapshots import Snapshot, rng_state
-from .structure import differs, fields_of, held, holds_mutable, is_record, likeness, tensors
+from .structure import differs, held, holds_mutable, is_nested, likeness, tensors
 from .writing import Mark, Origin, Unrecordable, Writer
 
 _CALL = nn.Module.__call__
@@ -361,7 +361,7 @@ class Recorder:
             if not is_layer(frame.module):
                 self.opaque[frame.path] = frame.reason or ""
                 self.ledger.runs(frame.path, frame.module)
-            if _is_nested(result):
+            if is_nested(result):
                 raise Unrecordable(f"takes apart what {frame.path!r} returns")
             with torch._C.DisableTorchFunction():
                 node = self.writer.call(calls.expect_like, node, likeness(result), f"what {frame.path!r} returned")
@@ -400,11 +400,3 @@ class Recorder:
 def _has_attributes(tensor: Tensor) -> bool:
     """Whether a forward has given a tensor attributes, beside Dynamo's marks, which mean nothing to anyone else."""
     return any(not name.startswith("_dynamo_") for name in getattr(tensor, "__dict__", ()))
-
-
-def _is_nested(result: Any) -> bool:
-    """Whether there are containers in what a module returned: how many, and how long, may be other the next time."""
-    parts = result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else ()
-    if is_record(result):
-        parts = [part for _, part in fields_of(result)]
-    return any(isinstance(part, tuple | list | dict) for part in parts)

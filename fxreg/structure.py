@@ -262,3 +262,11 @@ def differs(held: Any, now: Any) -> bool:
 def holds_mutable(values: Any) -> bool:
     """Whether there are containers among arguments that could be written to."""
     return any(type(v) in (list, dict, set) or (type(v) is tuple and holds_mutable(v)) for v in values)
+
+
+def is_nested(result: Any) -> bool:
+    """Whether there are containers in a result: how many, and how long, may be other the next time."""
+    parts = result.values() if isinstance(result, dict) else result if isinstance(result, tuple | list) else ()
+    if is_record(result):
+        parts = [part for _, part in fields_of(result)]
+    return any(isinstance(part, tuple | list | dict) for part in parts)
