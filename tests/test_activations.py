@@ -3,7 +3,7 @@
 import collections
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -884,15 +884,6 @@ def test_a_parameter_that_a_layer_is_given_is_its_input() -> None:
     for examples in (None, (x,)):
         gm = fxreg.transform(model, rule, example_inputs=examples)
         assert_same(trained(gm, model, x), expected(model, x, {"norm"}.__contains__, "input"), 1e-5)
-
-
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield torch.distributed.init_device_mesh("cpu", (1,))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("how", ["DistributedDataParallel", "fully_shard", "fully_shard, by layer"])

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -371,15 +371,6 @@ def test_compiled_by_inductor_it_trains_the_same_and_compiles_once() -> None:
         results.append(sgd(model, lambda run=run, x=x: run(x).square().mean()))  # type: ignore[misc]
     assert_same(results[1], results[0], 1e-12)
     assert counter.frame_count == 1
-
-
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield torch.distributed.init_device_mesh("cpu", (1,))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("via", ["penalty", "gradient"])

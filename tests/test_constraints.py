@@ -17,7 +17,7 @@ import fxreg
 from fxreg.constraining import Constraint
 from fxreg.effects import registry
 
-from .test_proximal import Holder, draw_weight, moved, one_rank, sharded
+from .test_proximal import Holder, draw_weight, moved, sharded
 
 briefly = settings(max_examples=25, deadline=None, derandomize=True)
 Array = np.ndarray
@@ -325,9 +325,6 @@ def test_a_penalty_in_the_graph_and_a_constraint_on_one_parameter() -> None:
 def test_a_constraint_on_what_a_rule_freezes_is_a_contradiction() -> None:
     with pytest.raises(fxreg.MatchError, match="contradict each other"):
         fxreg.transform(nn.Linear(2, 2), [fxreg.Rule(fxreg.freeze()), fxreg.Rule(fxreg.non_negative())])
-
-
-mesh = pytest.fixture(one_rank)
 
 
 def test_sharded_parameters_move_as_whole_ones_do(mesh: Any) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -357,16 +357,7 @@ def test_compiled_by_inductor_it_is_the_same_and_compiles_once() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.fixture
-def group() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_layers_that_are_sharded_by_themselves_are_refused(group: None) -> None:
+def test_layers_that_are_sharded_by_themselves_are_refused(mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for rule in (fxreg.Rule(fxreg.clip_global_norm(0.3)), fxreg.Rule(fxreg.l2(0.3), via="gradient")):
@@ -378,7 +369,7 @@ def test_layers_that_are_sharded_by_themselves_are_refused(group: None) -> None:
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_in_parallel_each_rank_clips_its_own(group: None, way: str) -> None:
+def test_in_parallel_each_rank_clips_its_own(mesh: Any, way: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     model, x = build(torch.float32)

@@ -3,7 +3,7 @@
 import copy
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -613,17 +613,6 @@ def test_penalties_have_their_value_and_constraints_none() -> None:
     found = fxreg.penalties(gm)
     assert found.keys() == {"l1"}
     torch.testing.assert_close(found["l1"], 0.25 * (model[0].weight.abs().sum() + model[2].weight.abs().sum()).detach())
-
-
-def one_rank() -> Iterator[Any]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield torch.distributed.init_device_mesh("cpu", (1,))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-mesh = pytest.fixture(one_rank)
 
 
 def sharded(effect: Any, weight: Tensor, mesh: Any) -> Tensor:
