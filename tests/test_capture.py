@@ -280,6 +280,7 @@ def test_is_the_model_plus_its_penalty(name: str) -> None:
 
 
 @every_model
+@pytest.mark.slow
 def test_is_the_model_plus_its_penalty_when_verified(name: str) -> None:
     check_penalty(name, with_examples=True)
 
@@ -349,6 +350,7 @@ def test_verification_leaves_no_trace(name: str) -> None:
 
 
 @every_model
+@pytest.mark.slow
 def test_plain_tracing_is_wrong_or_refuses(name: str) -> None:
     """Keeps the table honest."""
     case = TABLE[name]

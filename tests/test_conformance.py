@@ -198,6 +198,7 @@ def _taken(effect: Any, shape: tuple[int, ...]) -> bool:
 
 
 @pytest.mark.parametrize("name", EFFECTS)
+@pytest.mark.slow
 def test_of_any_shape_and_emptiness_numbers_are_finite_or_the_shape_is_refused(name: str) -> None:
     effect = EXAMPLES[name].effect
     for shape in (shape for shape in SHAPES if _taken(effect, shape)):

@@ -124,6 +124,7 @@ def test_a_convex_projection_is_allowed_and_the_nearest(name: str, seed: int, si
 @pytest.mark.parametrize("name", EFFECTS)
 @briefly
 @given(seed=st.integers(0, 999), size=st.sampled_from([0.05, 1.0, 20.0]), lr=st.sampled_from([1e-3, 10.0]))
+@pytest.mark.slow
 def test_a_projection_stays_where_it_is_whatever_the_learning_rate(
     name: str, seed: int, size: float, lr: float
 ) -> None:

@@ -573,6 +573,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 @settings(thoroughly, max_examples=40)
 @given(grad=gradients(), strength=st.sampled_from([0.0, 1e-3, 0.5, 1.0, 30.0]))
+@pytest.mark.slow
 def test_transforms_are_their_formulas_on_random_gradients(name: str, grad: Tensor, strength: float) -> None:
     weight = torch.ones_like(grad)
     expected = torch.from_numpy(np.asarray(TRANSFORMS[name].by_hand(strength, grad.numpy())))

@@ -67,6 +67,7 @@ def sites(model: Any, **keys: Any) -> list[str]:
 @pytest.mark.parametrize("emit", ["backward", "output"])
 @pytest.mark.parametrize("via", ["penalty", "gradient"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_training_a_program_is_training_the_model_with_the_penalty_in_its_loss(name: str, via: str, emit: Any) -> None:
     model, inputs = build(name, torch.float64)
     reference, terms = twin(model), [*transform_terms(), *penalty_terms(via)]

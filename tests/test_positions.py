@@ -228,6 +228,7 @@ CASES = [(how, case) for case in NEIGHBOURS for how in ("traced", "recorded", "e
 
 
 @pytest.mark.parametrize(("how", "case"), [one for one in CASES if one[0] != "exported" or one[1] not in NOT_EXPORTED])
+@pytest.mark.slow
 def test_selectors_by_position_mean_these_layers(case: str, how: str) -> None:
     make, shape, where, expected = NEIGHBOURS[case]
     model: Any = make()
