@@ -79,6 +79,7 @@ def test_training_ends_at_the_minimizer_with_its_zeros_and_its_rank(name: str) -
         pytest.param("penalty", "inductor", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_ridge_by_every_lowering_under_compile(via: Any, backend: str) -> None:
     """Of any design: scikit-learn's own solver has it. It minimizes ‖y − Xw‖² + α·‖w‖²."""
     torch._dynamo.reset()

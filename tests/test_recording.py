@@ -156,6 +156,7 @@ def is_quick(name: str) -> bool:
         if rule is L1 or not name.startswith("size-")
     ],
 )
+@pytest.mark.slow
 def test_later_calls_are_the_models(name: str, rule: fxreg.Rule) -> None:
     check(CASES[name], rule)
 
