@@ -100,11 +100,17 @@ class Places:
         return Spot(before, values, len(values) == 1 and _is_tensor(self._model, values[0]))
 
 
-def _may_write(model: nn.Module, node: fx.Node) -> bool:
+def says_it_writes(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is a call that writes into what it is given, as its name or an `inplace` says."""
     if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        return bool(getattr(module, "inplace", False)) or not is_plain_layer(module)
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     return node.op in ("call_function", "call_method") and not _is_ours(node) and may_write(node)
+
+
+def _may_write(model: nn.Module, node: fx.Node) -> bool:
+    if says_it_writes(model, node):
+        return True
+    return node.op == "call_module" and not is_plain_layer(model.get_submodule(str(node.target)))
 
 
 def _is_ours(node: fx.Node) -> bool:

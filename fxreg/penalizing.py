@@ -11,12 +11,12 @@ from .errors import MatchError
 from .hidden_uses import reached
 from .inserting import Insertion
 from .layers import is_plain_layer
-from .locating import Places, Spot
+from .locating import Places, Spot, says_it_writes
 from .module import CHILD
 from .planning import PenalizeActivation, Plan
 from .rules import op_name
 from .side_channels import has_hooks
-from .torch_calls import may_write, written
+from .torch_calls import written
 
 
 def penalize_activations(into: Insertion) -> list[fx.Node]:
@@ -95,15 +95,9 @@ def unseen(into: Insertion) -> str | None:
 def _written_argument(into: Insertion) -> str | None:
     """An argument that the forward may write into; torch's own layers do so only where they say it."""
     for node in into.graph.nodes:
-        inplace = node.op == "call_module" and getattr(into.model.get_submodule(str(node.target)), "inplace", False)
-        if inplace or (
-            node.op in ("call_function", "call_method")
-            and getattr(node.target, "__module__", None) != calls.__name__
-            and may_write(node)
-        ):
-            for one in written(node):
-                if one.op == "placeholder":
-                    return str(one.target)
+        for one in written(node) if says_it_writes(into.model, node) else ():
+            if one.op == "placeholder":
+                return str(one.target)
     return None
 
 

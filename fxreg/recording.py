@@ -33,7 +33,7 @@ from .shapes import LAYER, SHAPE
 from .side_channels import Ledger
 from .sizes import concrete
 from .snapshots import Snapshot, rng_state
-from .structure import differs, held, holds_mutable, is_nested, likeness, tensors
+from .structure import differs, has_attributes, held, holds_mutable, is_nested, likeness, tensors
 from .writing import Mark, Origin, Unrecordable, Writer
 
 _CALL = nn.Module.__call__
@@ -240,7 +240,7 @@ class Recorder:
                     self.give_up("changes a container that it was given")
                 elif dict(contextvars.copy_context().items()) != context:
                     self.give_up("sets a context variable")
-                elif any(_has_attributes(value) for value in self.writer.known() if isinstance(value, Tensor)):
+                elif any(has_attributes(value) for value in self.writer.known() if isinstance(value, Tensor)):
                     self.give_up("sets an attribute of a tensor")
                 elif frame.reason is None:
                     self.writer.graph.output(self.writer.output(result))
@@ -395,8 +395,3 @@ class Recorder:
         with torch._C.DisableTorchFunction():
             seen = Snapshot([module], other_modules=True)
             self._is_suspicious |= self._before[0].changed(seen) is not None
-
-
-def _has_attributes(tensor: Tensor) -> bool:
-    """Whether a forward has given a tensor attributes, beside Dynamo's marks, which mean nothing to anyone else."""
-    return any(not name.startswith("_dynamo_") for name in getattr(tensor, "__dict__", ()))

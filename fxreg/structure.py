@@ -270,3 +270,8 @@ def is_nested(result: Any) -> bool:
     if is_record(result):
         parts = [part for _, part in fields_of(result)]
     return any(isinstance(part, tuple | list | dict) for part in parts)
+
+
+def has_attributes(tensor: Tensor) -> bool:
+    """Whether a forward has given a tensor attributes, beside Dynamo's marks, which mean nothing to anyone else."""
+    return any(not name.startswith("_dynamo_") for name in getattr(tensor, "__dict__", ()))

@@ -15,6 +15,7 @@ import fxreg
 from fxreg.effects import registry
 
 from .marks import slow_but
+from .test_effects import Dot
 from .test_registry import EXAMPLES, QUICK
 
 EMITS = ("backward", "output", "loss")
@@ -23,17 +24,6 @@ EFFECTS = [name for name in EXAMPLES if not getattr(registry[name], "detach", Fa
 PENALTIES = [name for name in EFFECTS if "penalty" in registry[name].vias]
 WITH_PROXIMAL = [name for name in PENALTIES if "proximal" in registry[name].vias]
 TRANSFORMS = [name for name in EFFECTS if registry[name].default_via == "gradient"]
-
-
-class Dot(nn.Module):
-    """⟨w, x⟩, which is also its loss: the loss's gradient of w is the input."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.weight * x).sum()
 
 
 @functools.cache
