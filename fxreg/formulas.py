@@ -60,7 +60,7 @@ class PenaltyFormula:
         with operators.without_autocast(weight.device):
             factor = live.pop("strength") if self.implicit else None
             if seed is not None:
-                factor = seed if factor is None else seed * factor
+                factor = seed if factor is None else _kept(seed * factor)
             result = function(weight, **live, **_beside(weight, arguments, self.anchors))
             return (result if factor is None else factor * result).to(weight.dtype)
 
@@ -169,6 +169,15 @@ class ProximalFormula:
             if new.shape != old.shape:
                 raise RuleError(f"the new weight has shape {tuple(new.shape)}, the old one {tuple(old.shape)}")
         return found
+
+
+def _kept(scalar: Tensor) -> Tensor:
+    """The same number, which Inductor then keeps in memory, as what a strided view is taken of.
+
+    It fuses kernels that read two such numbers, as these are 16 bytes in common: the gradients of all weights'
+    penalties would be made at once, at the start of the backward pass, and wait in memory for those of the loss.
+    """
+    return scalar.as_strided((), ())
 
 
 def _beside(weight: Tensor, arguments: Mapping[str, Any], anchors: tuple[str, ...]) -> dict[str, Any]:

@@ -74,9 +74,10 @@ class _Lowering(Insertion):
             return
         names = _parameter_names(self.model)
         _refuse_hidden_uses(self.model, pulls)
-        uses = list(self.graph.nodes)
+        uses = dict.fromkeys(self.graph.nodes)
         with self.graph.inserting_before(self.first()):
             pulled = self._pulled(pulls)
+        added = [node for node in self.graph.nodes if node not in uses and node not in self.reads.values()]
         by_name = {name: pulled[site] for name, site in names.items() if site in pulled}
         inside: dict[str, dict[str, fx.Node]] = {}
         for name, node in by_name.items():
@@ -84,6 +85,7 @@ class _Lowering(Insertion):
                 inside.setdefault(path, {})[name.removeprefix(f"{path}.")] = node
         for node in uses:
             self._substitute(node, by_name, inside)
+        self._sink(added)
 
     def _pulled(self, pulls: tuple[tuple[PullBack, ...], ...]) -> dict[str, fx.Node]:
         """The parameters as their uses are to see them: one after the other, but for what joint pullbacks need."""
@@ -159,6 +161,18 @@ class _Lowering(Insertion):
             node.update_arg(2, inside[str(node.args[0].target)])  # type: ignore[union-attr]
         elif node.target in _WHOLE_MODEL:
             node.update_arg(_WHOLE_MODEL[node.target], dict(pulled))
+
+    def _sink(self, nodes: list[fx.Node]) -> None:
+        """Move parameters' nodes right before their first uses, so that a backward pass changes each gradient where it
+        was made, while it is in a cache."""
+        uses: dict[fx.Node, fx.Node] = {}
+        heads: dict[fx.Node, fx.Node] = {}
+        for node in reversed(nodes):
+            if node.users:
+                first = min(node.users)
+                use = uses[node] = uses.get(first, first)
+                heads.get(use, use).prepend(node)
+                heads[use] = node
 
     # Penalties.
 

@@ -1,0 +1,34 @@
+"""What Inductor makes of the graph: gradients of penalties are made where they are needed, not all at once."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+import fxreg
+
+
+WIDTH = 64
+
+
+def kernels(rule: fxreg.Rule) -> list[list[str]]:
+    """The arguments of all calls of the backward pass that write to memory."""
+    model = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(WIDTH, WIDTH), nn.Tanh())])
+    gm = torch.compile(fxreg.transform(model, rule), fullgraph=True)
+    with fresh_cache():
+        _, (_, backward) = run_and_get_code(lambda: gm(torch.randn(3, WIDTH)).sum().backward())
+    weights = set(re.findall(rf"assert_size_stride\((\w+), \({WIDTH}, {WIDTH}\)", backward))
+    assert len(weights) == 4, "the first weight, too, is needed for its own penalty"
+    calls = re.findall(r"^ {8}(?:cpp_fused|extern_kernels)\w*[.\w]*\((.*)\)$", backward, re.MULTILINE)
+    return [sorted(weights.intersection(re.findall(r"\w+", call))) for call in calls]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("via", ["penalty", "gradient"])
+@pytest.mark.parametrize("effect", [fxreg.l1(1e-3), fxreg.l2(1e-3), fxreg.smooth_l1(1e-3)])
+def test_no_kernel_waits_for_several_weights(effect: object, via: str) -> None:
+    read = kernels(fxreg.Rule(effect, param="weight", via=via))
+    assert max(map(len, read)) == 1
+    assert sum(map(len, read)) == 7, "each weight for its penalty, and all but the first for its input's gradient"
