@@ -322,8 +322,8 @@ class Penalty(Definition[P]):
 
         def pull(grad: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
             scale, *strengths = tensors
-            # Subtracting the negative: Inductor turns `mm + r` into addmm, which writes r and reads it back.
-            return grad - seeded(-scale.reshape(()).to(grad), weight, tuple(strengths), arguments)
+            seed = scale.reshape(()).to(grad)
+            return formula.added(grad, seed, weight, _named(names, strengths), arguments)
 
         self.operator = operators.define(
             self.name, self.fingerprint, self.schema("Tensor weight", tail="bool value=True"), value

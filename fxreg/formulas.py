@@ -33,36 +33,57 @@ class PenaltyFormula:
     def value(self, weight: Tensor, strengths: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tensor:
         """s·R(w) as a 0-d tensor: autocast off, 16-bit weights in float32."""
         wide = weight.to(operators.accumulation_dtype(weight.dtype))
-        return self._scaled(self.function, wide, None, strengths, arguments)
+        factor, found = self._parts(self.function, wide, None, strengths, arguments)
+        return (found if factor is None else factor * found).to(wide.dtype)
 
     def gradient(
         self, seed: Tensor, weight: Tensor, strengths: Mapping[str, Tensor], arguments: Mapping[str, Any]
     ) -> Tensor:
         """seed · s · dR/dw from the closed form."""
-        assert self.closed_form is not None
-        found = self._scaled(self.closed_form, weight, seed, strengths, arguments)
+        factor, found = self._parts(self.closed_form, weight, seed, strengths, arguments)
+        assert factor is not None
+        found = (factor * found).to(weight.dtype)
         placements = getattr(weight, "placements", None)
         if placements is not None and placements != getattr(found, "placements", None):
             sharded: Any = found  # another way than the weight, whose gradient is expected its way
             found = sharded.redistribute(placements=placements)
         return found
 
-    def _scaled(
+    def added(
         self,
-        function: Callable[..., Tensor],
+        grad: Tensor,
+        seed: Tensor,
+        weight: Tensor,
+        strengths: Mapping[str, Tensor],
+        arguments: Mapping[str, Any],
+    ) -> Tensor:
+        """grad + seed · s · dR/dw."""
+        if type(grad) is type(weight) is Tensor:  # nothing is traced: in one pass, without a tensor for the product
+            factor, found = self._parts(self.closed_form, weight, seed, strengths, arguments)
+            assert factor is not None
+            return grad.addcmul(found, factor.to(grad))
+        # Subtracting the negative: Inductor turns `mm + r` into addmm, which writes r and reads it back.
+        return grad - self.gradient(-seed, weight, strengths, arguments)
+
+    def _parts(
+        self,
+        function: Callable[..., Tensor] | None,
         weight: Tensor,
         seed: Tensor | None,
         strengths: Mapping[str, Tensor],
         arguments: Mapping[str, Any],
-    ) -> Tensor:
-        # Strengths stay in float64 and only the product is cast: float32(1e-4) is off by 2.5e-8.
+    ) -> tuple[Tensor | None, Tensor]:
+        """What the formula gives, and the product of seed and strength in front of it, if there is one.
+
+        Strengths stay in float64 and only the product is cast: float32(1e-4) is off by 2.5e-8.
+        """
+        assert function is not None
         live = {name: strength.reshape(()).to(weight.device) for name, strength in strengths.items()}
+        factor = live.pop("strength") if self.implicit else None
+        if seed is not None:
+            factor = seed if factor is None else _kept(seed * factor)
         with operators.without_autocast(weight.device):
-            factor = live.pop("strength") if self.implicit else None
-            if seed is not None:
-                factor = seed if factor is None else _kept(seed * factor)
-            result = function(weight, **live, **_beside(weight, arguments, self.anchors))
-            return (result if factor is None else factor * result).to(weight.dtype)
+            return factor, function(weight, **live, **_beside(weight, arguments, self.anchors))
 
 
 @dataclass(frozen=True)
