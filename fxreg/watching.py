@@ -1,6 +1,7 @@
 """What an emitted module is asked before it runs in eager mode, and warns of. Compiled code runs none of it."""
 
 import warnings
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,11 +23,20 @@ def watch(gm: RegularizedModule) -> None:
     """Register the hooks that an emitted module needs."""
     state = state_of(gm)
     if state.captured.remembered:
-        gm.register_forward_pre_hook(_refuse_changed)
+        gm.register_forward_pre_hook(_own(_refuse_changed))
     if state.unbound():
-        gm.register_forward_pre_hook(_warn_unbound)
+        gm.register_forward_pre_hook(_own(_warn_unbound))
     if _injected(state):
-        gm.register_forward_hook(_watch_accumulation)
+        gm.register_forward_hook(_own(_watch_accumulation))
+
+
+def _own(hook: Any) -> FunctionType:
+    """The hook with a code object of its own.
+
+    `torch.compile` counts what it compiled by code object, and compiles a hook for every class: that of an emitted
+    module is its own. The ninth module of a process would fail with fullgraph=True.
+    """
+    return FunctionType(hook.__code__.replace(), hook.__globals__, hook.__name__)
 
 
 def _injected(state: State) -> list[str]:

@@ -115,6 +115,14 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("rule", [fxreg.Rule(fxreg.l1(0.1)), fxreg.Rule(fxreg.l1(0.1), via="proximal")])
+def test_a_process_compiles_more_modules_than_one_function_may_be_compiled_for(rule: fxreg.Rule) -> None:
+    torch._dynamo.reset()
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        gm = fxreg.transform(nn.Sequential(nn.Linear(3, 2), nn.Tanh()), rule)
+        torch.compile(gm, backend="eager", fullgraph=True)(torch.ones(2, 3)).sum().backward()
+
+
 @pytest.mark.parametrize("via", ["penalty", "gradient"])
 def test_under_no_grad_nothing_of_a_penalty_is_computed(via: str) -> None:
     model, (x,) = build("mlp")
