@@ -2,8 +2,10 @@
 
 import copy
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any, Self
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -259,6 +261,8 @@ class RegularizedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in vars(self).items() if k not in ("_graph", "_code")}
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            state[kind] = OrderedDict((key, _pickled(hook)) for key, hook in state[kind].items())
         return (_restored, (), {"attributes": state, "graph": written(self.graph), "name": type(self).__name__})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -314,6 +318,31 @@ def mark_verified(state: State) -> None:
 def forget_given(state: State) -> None:
     """Leave to the buffers alone what effects were given by name: the plan holds, and pickles, no second copy."""
     state.provenance = replace(state.provenance, plan=state.provenance.plan.without_tensors())
+
+
+def own(hook: Any) -> Any:
+    """A module-level hook with a code object of its own.
+
+    `torch.compile` counts what it compiled by code object, and compiles a hook for every class: that of an emitted
+    module is its own. The ninth module of a process would fail with fullgraph=True.
+    """
+    result: Any = FunctionType(hook.__code__.replace(), hook.__globals__, hook.__name__)
+    result.owned_from = hook
+    return result
+
+
+class _Owned:
+    """Pickles as what `own` makes of a hook."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return own, (self.hook,)
+
+
+def _pickled(hook: Any) -> Any:
+    return _Owned(hook.owned_from) if hasattr(hook, "owned_from") else hook
 
 
 def _restored() -> RegularizedModule:

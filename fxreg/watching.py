@@ -1,7 +1,6 @@
 """What an emitted module is asked before it runs in eager mode, and warns of. Compiled code runs none of it."""
 
 import warnings
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch._C import _are_functorch_transforms_active  # private: no public way 
 
 from .captured import way
 from .effects import Penalty
-from .module import RegularizedModule, State, state_of
+from .module import RegularizedModule, State, own, state_of
 from .planning import PullBack
 from .staleness import check_guarded, check_unchanged
 from .structure import tensors
@@ -23,20 +22,11 @@ def watch(gm: RegularizedModule) -> None:
     """Register the hooks that an emitted module needs."""
     state = state_of(gm)
     if state.captured.remembered:
-        gm.register_forward_pre_hook(_own(_refuse_changed))
+        gm.register_forward_pre_hook(own(_refuse_changed))
     if state.unbound():
-        gm.register_forward_pre_hook(_own(_warn_unbound))
+        gm.register_forward_pre_hook(own(_warn_unbound))
     if _injected(state):
-        gm.register_forward_hook(_own(_watch_accumulation))
-
-
-def _own(hook: Any) -> FunctionType:
-    """The hook with a code object of its own.
-
-    `torch.compile` counts what it compiled by code object, and compiles a hook for every class: that of an emitted
-    module is its own. The ninth module of a process would fail with fullgraph=True.
-    """
-    return FunctionType(hook.__code__.replace(), hook.__globals__, hook.__name__)
+        gm.register_forward_hook(own(_watch_accumulation))
 
 
 def _injected(state: State) -> list[str]:

@@ -1,5 +1,6 @@
 """Under torch.compile: Inductor's gradients, graph breaks, compilations, and where nothing may be computed."""
 
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -115,11 +116,15 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("is_pickled", [False, True])
 @pytest.mark.parametrize("rule", [fxreg.Rule(fxreg.l1(0.1)), fxreg.Rule(fxreg.l1(0.1), via="proximal")])
-def test_a_process_compiles_more_modules_than_one_function_may_be_compiled_for(rule: fxreg.Rule) -> None:
+def test_a_process_compiles_more_modules_than_one_function_may_be_compiled_for(
+    rule: fxreg.Rule, is_pickled: bool
+) -> None:
     torch._dynamo.reset()
     for _ in range(torch._dynamo.config.recompile_limit + 2):
         gm = fxreg.transform(nn.Sequential(nn.Linear(3, 2), nn.Tanh()), rule)
+        gm = pickle.loads(pickle.dumps(gm)) if is_pickled else gm
         torch.compile(gm, backend="eager", fullgraph=True)(torch.ones(2, 3)).sum().backward()
 
 
