@@ -3,7 +3,7 @@
 import inspect
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -89,6 +89,31 @@ def read_arguments(function: Callable[..., Any], leading: int) -> Iterator[Argum
                 f"effect {effect!r}: the default of {parameter.name!r} can only be None: the parameter's copy."
             )
         yield Argument(parameter.name, schema, parameter.default)
+
+
+def signature(arguments: Iterable[Argument], returns: type) -> inspect.Signature:
+    """How a factory is called: what has no default comes first."""
+    own = [a for a in arguments if a.schema != "stream"]
+    return inspect.Signature(
+        [
+            inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=a.default)
+            for a in sorted(own, key=lambda a: a.default is not inspect.Parameter.empty)
+        ],
+        return_annotation=returns,
+    )
+
+
+def schema(arguments: Iterable[Argument], leading: Iterable[str], tail: str) -> str:
+    """An operator's arguments: the leading tensors, the strengths and stream, then the named ones."""
+    kinds = {"strength": "Tensor {}", "stream": "Tensor(a!) {}"}
+    first, named = [], []
+    for one in arguments:
+        if one.schema in kinds:
+            first.append(kinds[one.schema].format(one.name))
+        else:
+            named.append(f"{'Tensor' if one.schema == 'anchor' else one.schema} {one.name}")
+    named += [tail] if tail else []
+    return f"({', '.join([*leading, *first, *(['*'] if named else []), *named])}) -> Tensor"
 
 
 def checked_strength(value: object, where: str) -> float:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .effects import Definition, Effect
-from .errors import RuleError
 from .formulas import ProximalFormula
 
 P = ParamSpec("P")
@@ -22,23 +21,8 @@ class Constraint(Definition[P]):
 
     def __init__(self, function: Callable[..., Any], foreach: bool = False) -> None:
         self.prox: ProximalFormula = ProximalFormula(function, None, foreach)
-        self._check: Callable[..., None] | None = None
         super().__init__(function)
         self.prox = replace(self.prox, anchors=self.anchors)
-
-    def check(self, function: Callable[..., None]) -> Callable[..., None]:
-        """Register what raises ValueError for arguments that ask for the impossible; it takes them by name."""
-        self._check = function
-        return function
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Effect:
-        effect = super().__call__(*args, **kwargs)
-        if self._check is not None:
-            try:
-                self._check(**effect.arguments)
-            except ValueError as error:
-                raise RuleError(f"{effect!r}: {error}.") from None
-        return effect
 
     def _trial(self, weight: Tensor, effect: Effect) -> str | None:
         strengths = {name: weight.new_ones((), dtype=torch.float64) for name in effect.strengths}

@@ -1,7 +1,8 @@
 """Constraints: where a parameter may be, as the projection that puts it back there after each step.
 
 Throughout, w is the parameter (any shape), and w_g a group of its elements. A group is one index along `dim`, as in
-`group_lasso`: of a Linear or Conv weight, `dim=0` makes a group of each output unit, and `dim=()` one of all of it.
+`group_lasso`, or `size` of them in a row: of a Linear or Conv weight, `dim=0` makes a group of each output unit, and
+`dim=()` one of all of it.
 (Keras's `axis` says the opposite, what a group reaches over, and its kernels have their outputs last.)
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .arguments import Strength
 from .constraining import constraint
-from .groups import axes, group_norms
+from .groups import Numbers, axes, by_norm, check_groups, tiled
 
 
 @constraint(foreach=True)
@@ -56,7 +57,7 @@ def _(low: float, high: float) -> None:
 
 
 @constraint
-def limit_norm(weight: Tensor, *, limit: Strength, dim: int | tuple[int, ...] = 0) -> Tensor:
+def limit_norm(weight: Tensor, *, limit: Strength, dim: Numbers = 0, size: Numbers = 1) -> Tensor:
     """The 2-norm of every group at most the limit, w_g ← w_g·min(1, limit/‖w_g‖₂). Keras's `MaxNorm`.
 
     Groups within the limit keep every bit; Keras divides all by ‖w_g‖₂ + 1e-7 instead.
@@ -64,9 +65,11 @@ def limit_norm(weight: Tensor, *, limit: Strength, dim: int | tuple[int, ...] = 
     Args:
         limit: at least 0, in units of the weight; live in `fxreg.strengths`.
         dim: the dimension, or dimensions, whose indices name the groups; `()` makes one group of all.
+        size: how many indices in a row are one group, as in `group_lasso`.
 
     Raises:
-        RuleError: a limit that is negative, infinite or NaN; a dimension the weight does not have.
+        RuleError: a limit that is negative, infinite or NaN; a dimension the weight does not have, or that is no
+            multiple of its size.
 
     >>> import torch, fxreg
     >>> fxreg.limit_norm.function(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), limit=torch.tensor(2.0))
@@ -76,20 +79,21 @@ def limit_norm(weight: Tensor, *, limit: Strength, dim: int | tuple[int, ...] = 
     Source: Srebro, Rennie and Jaakkola (2005), "Maximum-margin matrix factorization"; Srivastava et al. (2014),
     "Dropout", section 5.1.
     """
-    return _limited(weight, limit, dim)
+    return _limited(weight, limit, dim, size)
 
 
 @constraint
-def unit_norm(weight: Tensor, *, dim: int | tuple[int, ...] = 0) -> Tensor:
+def unit_norm(weight: Tensor, *, dim: Numbers = 0, size: Numbers = 1) -> Tensor:
     """The 2-norm of every group 1, w_g ← w_g/‖w_g‖₂. Keras's `UnitNorm`.
 
     A group of zeros has no nearest one of norm 1, and stays.
 
     Args:
         dim: as in `limit_norm`.
+        size: as in `limit_norm`.
 
     Raises:
-        RuleError: a dimension the weight does not have.
+        RuleError: a dimension the weight does not have, or that is no multiple of its size.
 
     >>> import torch, fxreg
     >>> fxreg.unit_norm.function(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
@@ -98,12 +102,12 @@ def unit_norm(weight: Tensor, *, dim: int | tuple[int, ...] = 0) -> Tensor:
 
     Source: Absil, Mahony and Sepulchre (2008), "Optimization algorithms on matrix manifolds", section 4.1.1.
     """
-    return _of_norm(weight, group_norms(weight, dim), 1.0)
+    return _of_norm(weight, dim, size, lambda _: 1.0)
 
 
 @constraint
 def min_max_norm(
-    weight: Tensor, *, low: float = 0.0, high: float = 1.0, rate: float = 1.0, dim: int | tuple[int, ...] = 0
+    weight: Tensor, *, low: float = 0.0, high: float = 1.0, rate: float = 1.0, dim: Numbers = 0, size: Numbers = 1
 ) -> Tensor:
     """The 2-norm n of every group between bounds, n ← rate·max(low, min(n, high)) + (1−rate)·n. Keras's `MinMaxNorm`.
 
@@ -114,9 +118,11 @@ def min_max_norm(
         high: at least `low`.
         rate: from 0 to 1, how much of the way each step takes; below 1 the bounds are reached in the limit only.
         dim: as in `limit_norm`.
+        size: as in `limit_norm`.
 
     Raises:
-        RuleError: bounds between which there is no norm, a rate outside 0…1; a dimension the weight does not have.
+        RuleError: bounds between which there is no norm, a rate outside 0…1; a dimension the weight does
+            not have, or that is no multiple of its size.
 
     >>> import torch, fxreg
     >>> fxreg.min_max_norm.function(torch.tensor([[3.0, 4.0], [0.0, 0.1]]), low=1.0, high=2.0)
@@ -125,28 +131,30 @@ def min_max_norm(
 
     Source: Chollet et al. (2015), Keras, `constraints.MinMaxNorm`.
     """
-    norms = group_norms(weight, dim)
-    return _of_norm(weight, norms, rate * norms.clamp(low, high) + (1 - rate) * norms)
+    return _of_norm(weight, dim, size, lambda norms: rate * norms.clamp(low, high) + (1 - rate) * norms)
 
 
 @min_max_norm.check
-def _(low: float, high: float, rate: float, dim: object) -> None:
+def _(low: float, high: float, rate: float, dim: Numbers, size: Numbers) -> None:
     if not 0 <= low <= high or low == math.inf:
         raise ValueError(f"no norm is at least {low:g} and at most {high:g}; 0 ≤ low ≤ high must hold")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be from 0 to 1, not {rate:g}")
+    check_groups(dim, size)
 
 
 @constraint
-def simplex(weight: Tensor, *, total: float = 1.0, dim: int | tuple[int, ...] = ()) -> Tensor:
+def simplex(weight: Tensor, *, total: float = 1.0, dim: Numbers = (), size: Numbers = 1) -> Tensor:
     """No element below 0, and the sum of every group the total: w_g ← max(w_g − θ, 0), with the θ that makes it so.
 
     Args:
         total: greater than 0, in units of the weight.
         dim: as in `limit_norm`; by default all of the parameter is one group.
+        size: as in `limit_norm`.
 
     Raises:
-        RuleError: a total that is not positive and finite; a dimension the weight does not have.
+        RuleError: a total that is not positive and finite; a dimension the weight does not have, or that is no
+            multiple of its size.
 
     >>> import torch, fxreg
     >>> fxreg.simplex.function(torch.tensor([0.9, 0.5, -1.0]))
@@ -154,17 +162,18 @@ def simplex(weight: Tensor, *, total: float = 1.0, dim: int | tuple[int, ...] = 
 
     Source: Held, Wolfe and Crowder (1974), "Validation of subgradient optimization"; Duchi et al. (2008), fig. 1.
     """
-    return _by_group(weight, dim, lambda rows: _on_simplex(rows, total))
+    return _by_group(weight, dim, size, lambda rows: _on_simplex(rows, total))
 
 
 @simplex.check
-def _(total: float, dim: object) -> None:
+def _(total: float, dim: Numbers, size: Numbers) -> None:
     if not 0 < total < math.inf:
         raise ValueError(f"total must be positive and finite, not {total:g}")
+    check_groups(dim, size)
 
 
 @constraint
-def l1_ball(weight: Tensor, *, radius: Strength, dim: int | tuple[int, ...] = ()) -> Tensor:
+def l1_ball(weight: Tensor, *, radius: Strength, dim: Numbers = (), size: Numbers = 1) -> Tensor:
     """The sum of absolute values of every group at most the radius, w_g ← sign(w_g)·max(|w_g| − θ, 0) where it is more.
 
     Sparse, as `l1` is, with a size that is given instead of a strength.
@@ -172,9 +181,11 @@ def l1_ball(weight: Tensor, *, radius: Strength, dim: int | tuple[int, ...] = ()
     Args:
         radius: at least 0, in units of the weight; live in `fxreg.strengths`.
         dim: as in `limit_norm`; by default all of the parameter is one group.
+        size: as in `limit_norm`.
 
     Raises:
-        RuleError: a radius that is negative, infinite or NaN; a dimension the weight does not have.
+        RuleError: a radius that is negative, infinite or NaN; a dimension the weight does not have, or that is no
+            multiple of its size.
 
     >>> import torch, fxreg
     >>> fxreg.l1_ball.function(torch.tensor([1.0, -0.6, 0.1]), radius=torch.tensor(1.0))
@@ -188,19 +199,21 @@ def l1_ball(weight: Tensor, *, radius: Strength, dim: int | tuple[int, ...] = ()
         outside = sizes.sum(1, keepdim=True) > radius
         return torch.where(outside, rows.sign() * _on_simplex(sizes, radius), rows)
 
-    return _by_group(weight, dim, project)
+    return _by_group(weight, dim, size, project)
 
 
 @constraint
-def l2_ball(weight: Tensor, *, radius: Strength, dim: int | tuple[int, ...] = ()) -> Tensor:
+def l2_ball(weight: Tensor, *, radius: Strength, dim: Numbers = (), size: Numbers = 1) -> Tensor:
     """The 2-norm of every group at most the radius, w_g ← w_g·min(1, radius/‖w_g‖₂): `limit_norm` for all in one group.
 
     Args:
         radius: at least 0, in units of the weight; live in `fxreg.strengths`.
         dim: as in `limit_norm`; by default all of the parameter is one group.
+        size: as in `limit_norm`.
 
     Raises:
-        RuleError: a radius that is negative, infinite or NaN; a dimension the weight does not have.
+        RuleError: a radius that is negative, infinite or NaN; a dimension the weight does not have, or that is no
+            multiple of its size.
 
     >>> import torch, fxreg
     >>> fxreg.l2_ball.function(torch.tensor([3.0, 4.0]), radius=torch.tensor(1.0))
@@ -208,7 +221,7 @@ def l2_ball(weight: Tensor, *, radius: Strength, dim: int | tuple[int, ...] = ()
 
     Source: Parikh and Boyd (2014), "Proximal algorithms", section 6.5.1.
     """
-    return _limited(weight, radius, dim)
+    return _limited(weight, radius, dim, size)
 
 
 @constraint
@@ -247,26 +260,30 @@ def _(n: int, m: int, dim: object) -> None:
         raise ValueError("1 ≤ n ≤ m must hold")
 
 
-def _limited(weight: Tensor, limit: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    norms = group_norms(weight, dim)
-    return torch.where(norms > limit, weight * (limit / norms), weight)
+for _one in (limit_norm, unit_norm, l1_ball, l2_ball):
+    _one.check(check_groups)
 
 
-def _of_norm(weight: Tensor, norms: Tensor, wanted: float | Tensor) -> Tensor:
-    """The groups with the norms that are wanted; what has no direction stays."""
-    return torch.where(norms > 0, weight / norms * wanted, weight)
+def _limited(weight: Tensor, limit: Tensor, dim: Numbers, size: Numbers) -> Tensor:
+    return by_norm(weight, dim, size, lambda w, norms: torch.where(norms > limit, w * (limit / norms), w))
 
 
-def _by_group(weight: Tensor, dim: int | tuple[int, ...], project: Callable[[Tensor], Tensor]) -> Tensor:
+def _of_norm(weight: Tensor, dim: Numbers, size: Numbers, wanted: Callable[[Tensor], Tensor | float]) -> Tensor:
+    """The groups with the norms that are wanted instead of theirs; what has no direction stays."""
+    return by_norm(weight, dim, size, lambda w, norms: torch.where(norms > 0, w / norms * wanted(norms), w))
+
+
+def _by_group(weight: Tensor, dim: Numbers, size: Numbers, project: Callable[[Tensor], Tensor]) -> Tensor:
     """What a projection makes of the groups, given as the rows of a matrix."""
-    kept = axes(dim, weight.ndim)
-    order = [*kept, *(d for d in range(weight.ndim) if d not in kept)]
-    arranged = weight.permute(order)
-    groups = math.prod([weight.shape[d] for d in kept])  # a list: Dynamo takes no generator here
+    tiles, kept = tiled(weight, dim, size)
+    order = [*kept, *(d for d in range(tiles.ndim) if d not in kept)]
+    arranged = tiles.permute(order)
+    groups = math.prod([tiles.shape[d] for d in kept])  # a list: Dynamo takes no generator here
     if weight.numel() == 0:
         return weight
     rows = arranged.reshape(groups, weight.numel() // groups)
-    return project(rows).reshape(arranged.shape).permute([order.index(d) for d in range(weight.ndim)])
+    moved = project(rows).reshape(arranged.shape).permute([order.index(d) for d in range(tiles.ndim)])
+    return moved.reshape(weight.shape)
 
 
 def _on_simplex(rows: Tensor, total: float | Tensor) -> Tensor:

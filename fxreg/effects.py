@@ -4,7 +4,6 @@
 definition with a strength gives an *effect*, the frozen value that a rule carries.
 """
 
-import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .arguments import Argument, ByName, are_equal, checked_strength, coerced, read_arguments
+from .arguments import Argument, ByName, are_equal, checked_strength, coerced, read_arguments, schema, signature
 from .errors import RuleError
 from .fingerprints import fingerprint
-from .formulas import GradientFormula, PenaltyFormula, ProximalFormula
+from .formulas import GradientFormula, PenaltyFormula, ProximalFormula, fitting
 
 Via: TypeAlias = Literal["penalty", "gradient", "optimizer", "proximal"]
 P = ParamSpec("P")
@@ -86,6 +85,7 @@ class Definition(Generic[P]):
     leading: int  # how many of the formula's first parameters are the site's own tensors
     is_joint = False  # whether the formula takes all the sites of a rule at once
     prox: ProximalFormula | None = None
+    _check: Callable[..., None] | None = None
 
     def __init__(self, function: Callable[..., Any]) -> None:
         if not isinstance(function, types.FunctionType) or not function.__name__.isidentifier():
@@ -99,15 +99,13 @@ class Definition(Generic[P]):
         self.__wrapped__ = function
         self.parameters = tuple(self._read_parameters())
         self._misfits: dict[tuple[object, ...], str | None] = {}
-        arguments = [a for a in self.parameters if a.schema != "stream"]
-        self.__signature__ = inspect.Signature(
-            [
-                inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=a.default)
-                for a in sorted(arguments, key=lambda a: a.default is not inspect.Parameter.empty)
-            ],
-            return_annotation=Effect,
-        )
+        self.__signature__ = signature(self.parameters, Effect)
         self.register()
+
+    def check(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Register what raises ValueError for arguments that ask for the impossible; it takes them by name."""
+        self._check = function
+        return function
 
     @property
     def vias(self) -> tuple[Via, ...]:
@@ -185,19 +183,17 @@ class Definition(Generic[P]):
                 )
             elif argument.schema != "stream":
                 arguments[argument.name] = coerced(self.name, argument, bound.arguments[argument.name])
-        return _effect(self, strengths, arguments)
+        effect = _effect(self, strengths, arguments)
+        if self._check is not None:
+            try:
+                self._check(**arguments)
+            except ValueError as error:
+                raise RuleError(f"{effect!r}: {error}.") from None
+        return effect
 
     def schema(self, *leading: str, tail: str = "") -> str:
         """The operator's arguments: the leading tensors, the strengths and stream, then the named ones."""
-        kinds = {"strength": "Tensor {}", "stream": "Tensor(a!) {}"}
-        first = [kinds[a.schema].format(a.name) for a in self.parameters if a.schema in kinds]
-        named = [
-            f"{'Tensor' if a.schema == 'anchor' else a.schema} {a.name}"
-            for a in self.parameters
-            if a.schema not in kinds
-        ]
-        named += [tail] if tail else []
-        return f"({', '.join([*leading, *first, *(['*'] if named else []), *named])}) -> Tensor"
+        return schema(self.parameters, leading, tail)
 
     def __repr__(self) -> str:
         return f"<fxreg effect {self.name}{self.__signature__}>"
@@ -315,10 +311,12 @@ class Penalty(Definition[P]):
             arguments = as_given(arguments)
             if not value and formula.closed_form is not None:
                 return operators.deferred(seeded, arguments, weight, *tensors)
-            return formula.value(weight, _named(names, tensors), arguments)
+            with fitting(own_name, weight):
+                return formula.value(weight, _named(names, tensors), arguments)
 
         def seeded(seed: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
-            return formula.gradient(seed, weight, _named(names, tensors), arguments)
+            with fitting(own_name, weight):
+                return formula.gradient(seed, weight, _named(names, tensors), arguments)
 
         def pull(grad: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
             scale, *strengths = tensors

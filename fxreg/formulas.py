@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,18 @@ from torch import Tensor
 from . import operators
 from .errors import RuleError
 from .norms import whole
+
+
+@contextlib.contextmanager
+def fitting(effect: str, met: Tensor) -> Iterator[None]:
+    """A context in which a formula meets a tensor whose shape nobody could know before."""
+    try:
+        yield
+    except (IndexError, ValueError) as error:
+        raise RuleError(
+            f"{effect} does not fit a tensor of shape {tuple(met.shape)}: {error}. Mend its arguments, or narrow the "
+            "rule."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,12 @@ EXAMPLES = {
     "elastic_net": Example(fxreg.elastic_net(0.3, 0.2), penalty=lambda w: 0.3 * w.abs().sum() + 0.2 * (w * w).sum()),
     "group_lasso": Example(fxreg.group_lasso(0.3, dim=1), penalty=lambda w: 0.3 * _rows(w)),
     "sparse_group_lasso": Example(
-        fxreg.sparse_group_lasso(0.3, 0.2, dim=1), penalty=lambda w: 0.3 * w.abs().sum() + 0.2 * _rows(w)
+        fxreg.sparse_group_lasso(0.3, 0.2, dim=1, size=2),
+        penalty=lambda w: 0.3 * w.abs().sum() + 0.2 * (w[:, :2].norm() + w[:, 2:].norm()),
     ),
     "max_norm": Example(
-        fxreg.max_norm(0.3, limit=0.4), penalty=lambda w: 0.3 * sum((r.norm() - 0.4).relu() for r in w)
+        fxreg.max_norm(0.3, limit=0.4, dim=(0, 1), size=2),
+        penalty=lambda w: 0.3 * sum((b.norm() - 0.4).relu() for r in w.split(2) for b in r.split(2, 1)),
     ),
     "lp": Example(fxreg.lp(0.3, p=1.5), penalty=lambda w: 0.3 * (w.abs() * w.abs().sqrt()).sum()),
     "smooth_l1": Example(

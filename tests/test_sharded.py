@@ -29,6 +29,7 @@ def penalty(model: nn.Module, fisher: dict[str, Tensor]) -> Tensor:
     terms = [0.2 * (fisher[name] * (p - 0.5) ** 2).sum() for name, p in model.named_parameters() if name != ALONE]
     # The iteration has not converged: exact vectors would be another function.
     terms += [0.3 * fxreg.spectral.function(p) for p in model.parameters() if p.ndim == 2]
+    terms += [0.1 * part.norm() for layer in (model[2], model[3]) for part in layer.weight.split(2, dim=1)]
     return torch.stack(terms).sum()
 
 
@@ -59,6 +60,8 @@ def on_a_rank(rank: int, folder: str) -> None:
             rules = [
                 fxreg.Rule(fxreg.ewc(0.2, fisher, half), exclude=ALONE),
                 fxreg.Rule(fxreg.spectral(0.3), param="weight"),
+                # Of three groups in a row, one is in both shards.
+                fxreg.Rule(fxreg.group_lasso(0.1, dim=1, size=2), param="weight", exclude=ALONE),
             ]
             gm = fxreg.transform(model, [*rules, *([fxreg.Rule(fxreg.clip_global_norm(0.05))] if joint else [])])
             shard(gm, way)
@@ -79,6 +82,22 @@ def on_a_rank(rank: int, folder: str) -> None:
                 torch.testing.assert_close(found[name], one, rtol=1e-12, atol=1e-12, msg=lambda s, w=way: f"{w}: {s}")
             total = sum(whole(value) for value in fxreg.penalties(gm).values())
             torch.testing.assert_close(total, penalty(model, fisher).detach())
+    for effect in (fxreg.group_lasso(0.2, dim=1, size=2), fxreg.l1_ball(0.7, dim=1, size=2)):
+        model, _, _ = build()
+        rows = [part.detach() for part in model[2].weight.split(2, dim=1)]
+        if effect.name == "group_lasso":
+            wanted_rows = [part * (1 - 0.5 * 0.2 / part.norm()).clamp_min(0) for part in rows]
+        else:
+            wanted_rows = [fxreg.l1_ball.function(part, radius=torch.tensor(0.7, dtype=part.dtype)) for part in rows]
+        gm = fxreg.transform(model, fxreg.Rule(effect, name="2", param="weight", via="proximal"))
+        shard(gm, "tensor parallel")
+        optimizer = torch.optim.SGD(gm.parameters(), lr=0.5)
+        fxreg.ProximalStep(optimizer, gm)
+        model[2].weight.grad = torch.zeros_like(model[2].weight)
+        placements = model[2].weight.placements
+        optimizer.step()
+        assert model[2].weight.placements == placements
+        torch.testing.assert_close(whole(model[2].weight), torch.cat(wanted_rows, 1), rtol=1e-12, atol=1e-12)
     torch.distributed.destroy_process_group()
 
 
