@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,16 @@ from .errors import RuleError
 from .formulas import ProximalFormula
 from .module import emitted, state_of, stepping
 from .planning import LeaveToCompanion
-from .updates import has_moved
+from .updates import has_moved, is_done
 
 _OTHER_STEPS = (torch.optim.LBFGS, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor)
 """The optimizers whose steps are not of the size that `lr` in their groups says."""
 _TOGETHER = 1 << 20
 """About how many elements are computed at once: enough to be worth a launch, and no second copy of a large model."""
+
+
+Move: TypeAlias = tuple[ProximalFormula, dict[str, Tensor], dict[str, Any]]
+"""What a rule does to a parameter: its formula, the strengths, and the other arguments, as they are now."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,22 @@ class ProximalStep:
         self._handle.remove()
         stepping(self._state).discard(self)
 
+    def moves(self) -> dict[Tensor, list[Move]]:
+        """What happens to every parameter, in the order of the rules; for a step that does it by itself."""
+        found: dict[Tensor, list[Move]] = {}
+        for operator in self._operators:
+            live = live_strengths(self._state, operator.label, operator.effect)
+            for weight, edit in operator.weights.items():
+                found.setdefault(weight, []).append((operator.formula, live, self._given(operator, edit)))
+        return found
+
+    def _given(self, operator: _Operator, edit: LeaveToCompanion) -> dict[str, Any]:
+        return live_arguments(self._state, edit) if operator.formula.anchors else operator.arguments
+
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
+        if is_done(optimizer, self):
+            return
         # A fused optimizer is called also for a step that its GradScaler skips, and told by a tensor.
         skipped: Tensor | None = getattr(optimizer, "found_inf", None)
         for operator in self._operators:
@@ -118,11 +136,9 @@ class ProximalStep:
             for group in optimizer.param_groups:
                 weights = [p for p in group["params"] if p in operator.weights and has_moved(optimizer, p)]
                 for batch in operator.batches(weights):
-                    edit, named = operator.weights[batch[0]], operator.arguments
-                    if operator.formula.anchors:
-                        named = live_arguments(self._state, edit)
+                    edit = operator.weights[batch[0]]
                     try:
-                        new = operator.formula.moved(batch, group["lr"], live, named)
+                        new = operator.formula.moved(batch, group["lr"], live, self._given(operator, edit))
                     except RuleError as error:
                         raise RuleError(
                             f"rule {operator.label!r}: the proximal operator of {operator.effect.name} at "
@@ -134,6 +150,17 @@ class ProximalStep:
                             for old, one in zip(batch, new, strict=True)
                         ]
                     _copy(batch, new)
+
+
+def leading(optimizer: torch.optim.Optimizer) -> list[ProximalStep]:
+    """The proximal steps that nothing else behind the optimizer's step comes before."""
+    found = []
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if not isinstance(owner, ProximalStep):
+            break
+        found.append(owner)
+    return found
 
 
 def _copy(weights: list[Tensor], new: list[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """train_step: forward, backward, penalties and update as one compiled graph."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 from .capture import split_examples
 from .errors import FxregError
 from .module import RegularizedModule, emitted, scalar_dtype, state_of
+from .proximal import Move, ProximalStep, leading
 from .updates import moving, update_of
 from .whole import Group, Job, WholeStep, separable_terms
 
@@ -98,7 +99,8 @@ class TrainStep:
     def __call__(self, inputs: Any, *targets: Any) -> Tensor:
         """Train on one batch, and return its loss."""
         args, kwargs = split_examples((inputs,) if isinstance(inputs, Tensor) else inputs)
-        groups = self._groups()
+        proximal = leading(self.optimizer)
+        groups = self._groups(proximal)
         live = [term.live(self.gm) for term in self._terms or ()]
         told = ExitStack()
 
@@ -106,7 +108,7 @@ class TrainStep:
             with torch._dynamo.config.patch(trace_autograd_ops=True):
                 loss: Tensor
                 loss, moved = self._compiled(args, kwargs, targets, self._zero(), live, groups)
-            told.enter_context(moving(optimizer, self._kept(groups, moved)))
+            told.enter_context(moving(optimizer, self._kept(groups, moved), proximal))
             vars(optimizer)["_opt_called"] = True  # a scheduler asks for it before it warns
             return loss
 
@@ -121,18 +123,22 @@ class TrainStep:
                 f"breaks it, or use the ordinary loop with torch.compile(gm). Dynamo says: {error}"
             ) from error
 
-    def _groups(self) -> list[Group]:
+    def _groups(self, proximal: Iterable[ProximalStep] = ()) -> list[Group]:
         """The optimizer as it is now: options may have been changed, and states loaded."""
         _refuse_unseen(self.gm, self.optimizer)
         found = []
+        moves: dict[Tensor, list[Move]] = {}
+        for step in proximal:
+            for parameter, own in step.moves().items():
+                moves.setdefault(parameter, []).extend(own)
         for place, group in enumerate(self.optimizer.param_groups):
             numbers = self._update.numbers(group)
             trainable = [parameter for parameter in group["params"] if parameter.requires_grad]
-            jobs = [self._job(parameter, group) for parameter in trainable]
+            jobs = [self._job(parameter, group, moves.get(parameter, [])) for parameter in trainable]
             found.append((tuple(numbers), self._written(place, numbers, group["params"]), jobs))
         return found
 
-    def _job(self, parameter: Tensor, group: Mapping[str, Any]) -> Job:
+    def _job(self, parameter: Tensor, group: Mapping[str, Any], moves: list[Move]) -> Job:
         switches, names = self._update.switches(group), self._update.names(group)
         state = self.optimizer.state.get(parameter, {})
         new = [name for name in names if state.get(name) is None]
@@ -143,12 +149,12 @@ class TrainStep:
             state = {**state, **{name: spare[name] for name in new}}
         if switches.get("dampening"):  # else nothing asks, and the first graph is that of all steps
             switches["new"] = bool(new)
-        return parameter, {name: state[name] for name in names}, switches
+        return parameter, {name: state[name] for name in names}, switches, moves
 
     def _kept(self, groups: list[Group], moved: tuple[bool, ...]) -> set[Tensor]:
         """The parameters that moved; the new states of theirs are the optimizer's, as it would have made them."""
         jobs = (job for _, _, jobs in groups for job in jobs)
-        found = {parameter: state for (parameter, state, _), has_moved in zip(jobs, moved, strict=True) if has_moved}
+        found = {parameter: state for (parameter, state, *_), has_moved in zip(jobs, moved, strict=True) if has_moved}
         for parameter, state in found.items():
             if self._spare.pop(parameter, None) is not None:
                 self.optimizer.state[parameter].update(state)

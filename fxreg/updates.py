@@ -5,7 +5,7 @@ gradient, Inductor (torch 2.13) fuses that into `addmm` and drops the d, silentl
 an `alpha`; the tests compare them with torch's optimizers, option by option.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -152,13 +152,14 @@ _UPDATES: dict[type, Update] = {
 """By class, and not for a subclass, whose step may be another."""
 
 
-_moving: "WeakKeyDictionary[torch.optim.Optimizer, set[Tensor]]" = WeakKeyDictionary()
+_moving: "WeakKeyDictionary[torch.optim.Optimizer, tuple[set[Tensor], Collection[object]]]" = WeakKeyDictionary()
 
 
 @contextmanager
-def moving(optimizer: torch.optim.Optimizer, parameters: set[Tensor]) -> Iterator[None]:
-    """While the hooks behind a compiled step run: say which parameters it moved, as it leaves no gradients to tell."""
-    _moving[optimizer] = parameters
+def moving(optimizer: torch.optim.Optimizer, parameters: set[Tensor], done: Collection[object] = ()) -> Iterator[None]:
+    """While the hooks behind a compiled step run: say which parameters it moved, as it leaves no gradients to tell, and
+    which of the hooks' owners it has done the work of."""
+    _moving[optimizer] = parameters, done
     try:
         yield
     finally:
@@ -167,7 +168,12 @@ def moving(optimizer: torch.optim.Optimizer, parameters: set[Tensor]) -> Iterato
 
 def has_moved(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
     """For a hook behind an optimizer's step: whether that step was one for this parameter."""
-    return parameter.grad is not None if optimizer not in _moving else parameter in _moving[optimizer]
+    return parameter.grad is not None if optimizer not in _moving else parameter in _moving[optimizer][0]
+
+
+def is_done(optimizer: torch.optim.Optimizer, owner: object) -> bool:
+    """For a hook behind an optimizer's step: whether a compiled step has its owner's work in it."""
+    return optimizer in _moving and owner in _moving[optimizer][1]
 
 
 def update_of(optimizer: torch.optim.Optimizer) -> Update:

@@ -1,4 +1,4 @@
-"""What one compiled training step holds: loss, gradients, penalties, update. Its code is traced, not run."""
+"""What one compiled training step holds: loss, gradients, penalties, update, proximal step. It is traced, not run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ from .effects import Penalty
 from .errors import FxregError
 from .module import RegularizedModule, state_of
 from .planning import Emit, Penalize
+from .proximal import Move
 
-Job: TypeAlias = tuple[Tensor, dict[str, Tensor], dict[str, bool]]
-"""A parameter, the optimizer's state for it, and what decides its formula."""
+Job: TypeAlias = tuple[Tensor, dict[str, Tensor], dict[str, bool], list[Move]]
+"""A parameter, the optimizer's state for it, what decides its formula, and the proximal operators behind it."""
 
 Group: TypeAlias = tuple[tuple[str, ...], Tensor, list[Job]]
 """The names of numbers, the numbers, and the parameters that they are for."""
@@ -90,7 +91,7 @@ class WholeStep:
         Returns:
             The loss, and for every parameter whether it had a gradient.
         """
-        parameters = [parameter for _, _, jobs in groups for parameter, _, _ in jobs]
+        parameters = [parameter for _, _, jobs in groups for parameter, *_ in jobs]
         with torch.enable_grad():
             loss = self._loss(args, kwargs, targets, zero)
             with operators.without_autocast(loss.device):
@@ -102,10 +103,14 @@ class WholeStep:
         with torch.no_grad(), operators.without_autocast(loss.device):
             for names, numbers, jobs in groups:
                 named = dict(zip(names, numbers.unbind(), strict=True))
-                for parameter, state, switches in jobs:
+                for parameter, state, switches, moves in jobs:
                     gradient = next(remaining)
-                    if gradient is not None:
-                        self.update(parameter, gradient, state, named, switches)
+                    if gradient is None:
+                        continue
+                    self.update(parameter, gradient, state, named, switches)
+                    for formula, strengths, arguments in moves:
+                        (new,) = formula.moved([parameter], named["lr"], strengths, arguments)
+                        parameter.copy_(new)
         return loss.detach(), tuple(gradient is not None for gradient in gradients)
 
     def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: tuple[Any, ...], zero: Tensor) -> Tensor:
