@@ -100,6 +100,7 @@ class Definition(Generic[P]):
         self.parameters = tuple(self._read_parameters())
         self._misfits: dict[tuple[object, ...], str | None] = {}
         self.__signature__ = signature(self.parameters, Effect)
+        self.fingerprint = ""
         self.register()
 
     def check(self, function: Callable[..., None]) -> Callable[..., None]:
@@ -145,7 +146,9 @@ class Definition(Generic[P]):
         except NotImplementedError:
             return None  # the formula looks at values, which nothing on the meta device has
         except Exception as error:
-            return None if "meta tensor" in str(error) else f"{type(error).__name__}: {error}".rstrip(".")
+            if any(words in str(error) for words in ("meta tensor", "device meta")):
+                return None  # or it computes with a tensor of its own, which is elsewhere
+            return f"{type(error).__name__}: {error}".rstrip(".")
 
     def _trial(self, weight: Tensor, effect: Effect) -> str | None:
         return None
@@ -156,12 +159,21 @@ class Definition(Generic[P]):
 
     def register(self) -> None:
         """Enter the registry, replacing an effect of the same name, and define the operators."""
-        self.fingerprint = fingerprint(repr(self.parameters), self._functions())
-        self._define_operators()
+        self.refresh()
         registry[self.name] = self
 
-    def _functions(self) -> tuple[Callable[..., Any], ...]:
-        return (self.function,)
+    def refresh(self) -> None:
+        """Define the operators anew if the formula means something else than it did: if a function that it calls, or a
+        constant that it reads, is another one now."""
+        now = fingerprint(type(self).__name__, *self._meaning())
+        if now != self.fingerprint:
+            self.fingerprint = now
+            self._misfits.clear()
+            self._define_operators()
+
+    def _meaning(self) -> tuple[object, ...]:
+        """What operators and companions compute with."""
+        return self.parameters, self.function, self.prox
 
     def _define_operators(self) -> None:
         """Define the operators of the formula; an effect without a node has none."""
@@ -202,6 +214,7 @@ class Definition(Generic[P]):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self.refresh()
         return (_registered, (self.name, self.fingerprint))
 
 
@@ -220,10 +233,13 @@ def as_given(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _registered(name: str, fingerprint: str) -> Definition[Any]:
     found = registry.get(name)
+    if found is not None:
+        found.refresh()
     if found is None or found.fingerprint != fingerprint:
-        what = "is not registered" if found is None else "is registered with another formula"
+        what = "is not registered" if found is None else "has another formula, or its formula uses other functions,"
         raise RuleError(
-            f"unpickling effect {name!r}: it {what} in this process. Import the module that defines it, unchanged."
+            f"unpickling effect {name!r}: it {what} in this process. Import the module that defines it, unchanged, "
+            "with the same version of fxreg and of Python."
         )
     return found
 
@@ -287,9 +303,8 @@ class Penalty(Definition[P]):
         self.register()
         return function
 
-    def _functions(self) -> tuple[Callable[..., Any], ...]:
-        prox = None if self.prox is None else self.prox.function
-        return tuple(filter(None, (self.formula.function, self.formula.closed_form, prox)))
+    def _meaning(self) -> tuple[object, ...]:
+        return *super()._meaning(), self.formula
 
     def _trial(self, weight: Tensor, effect: Effect) -> str | None:
         strengths = {name: weight.new_ones((), dtype=torch.float64) for name in effect.strengths}
@@ -351,8 +366,8 @@ class Gradient(Definition[P]):
         self.formula = replace(self.formula, anchors=_anchors(parameters))
         return iter(parameters)
 
-    def _functions(self) -> tuple[Callable[..., Any], ...]:
-        return (self.formula.function,)
+    def _meaning(self) -> tuple[object, ...]:
+        return *super()._meaning(), self.detach
 
     def _trial(self, weight: Tensor, effect: Effect) -> str | None:
         live = {name: weight.new_ones(()) for name in self.live_names}

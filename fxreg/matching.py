@@ -35,12 +35,14 @@ class Match:
 
 
 def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
-    """Resolve every rule on the module, all but positions in the graph.
+    """Resolve every rule on the module, all but positions in the graph. What effects mean is what they mean now.
 
     Raises:
         RuleError: a class name found neither in `torch.nn` nor in the model; a `where` that fails.
         MatchError: a rule that matches nothing, a duplicate, two rules of one label, a penalty on a frozen site.
     """
+    for definition in {rule.effect.definition for rule in rules}:
+        definition.refresh()
     found_kinds = kinds(model)
     sites = tuple(find_sites(model, found_kinds))
     owned = _by_owner(sites)

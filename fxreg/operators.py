@@ -5,9 +5,9 @@ backward. So every node with an effect on gradients is an operator of the `fxreg
 CompositeImplicitAutograd: eager mode, AOTAutograd and functorch run the Python body, Dynamo and `torch.export` keep the
 call as one node.
 
-The overload of an effect's operator is a fingerprint of its formula (`torch.ops.fxreg.l1.x1f0c33aa`). torch.compile's
-on-disk caches key an operator by its name alone: without the fingerprint, editing a formula would silently train with
-the old one.
+The overload of an operator is a fingerprint of what it computes (`torch.ops.fxreg.l1.x1f0c33aa`): of its formula, and
+of the code in this package around it. torch.compile's on-disk caches key an operator by its name alone: without the
+fingerprint, editing a formula would silently train with the old one.
 """
 
 import functools
@@ -27,6 +27,8 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 
+from .fingerprints import fingerprint
+
 NAMESPACE = "fxreg"
 _libraries: list[torch.library.Library] = []
 _implementations: dict[str, Callable[..., Any]] = {}
@@ -39,8 +41,12 @@ JointFormula = Callable[[list[Tensor], list[Tensor], tuple[Tensor, ...], dict[st
 
 
 def define(name: str, overload: str, schema: str, implementation: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Register `fxreg::name.overload`; under a known overload, only replace the implementation."""
-    qualified = f"{name}.{overload}" if overload else name
+    """Register `fxreg::name.overload`; under a known overload, only replace the implementation.
+
+    Args:
+        overload: a fingerprint of what the implementation computes.
+    """
+    qualified = f"{name}.{overload}"
     known = qualified in _implementations
     _implementations[qualified] = implementation
     if not known:
@@ -53,7 +59,7 @@ def define(name: str, overload: str, schema: str, implementation: Callable[..., 
             functools.partial(_run, qualified),
             "CompositeImplicitAutograd",
         )
-    operator: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload or "default")
+    operator: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload)
     return operator
 
 
@@ -285,6 +291,6 @@ def _total(penalties: Sequence[Tensor]) -> Tensor:
     return total
 
 
-attach = define("attach", "", "(Tensor[] outputs, Tensor[] penalties, Tensor scale) -> Tensor[]", _attach)
-total = define("total", "", "(Tensor[] penalties) -> Tensor", _total)
-drawn = define("drawn", "", "(Tensor(a!) stream) -> Tensor", _drawn)
+attach = define("attach", fingerprint(), "(Tensor[] outputs, Tensor[] penalties, Tensor scale) -> Tensor[]", _attach)
+total = define("total", fingerprint(), "(Tensor[] penalties) -> Tensor", _total)
+drawn = define("drawn", fingerprint(), "(Tensor(a!) stream) -> Tensor", _drawn)

@@ -4,8 +4,6 @@ A graph holds the values as they were when it was captured. What is compared lat
 functions of an installed package, and what it keeps in containers and objects of its own, are taken for constant.
 """
 
-import dis
-import functools
 import inspect
 import logging
 import sys
@@ -16,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .enclosed import names_in_code
 from .freezing import frozen
 from .scanning import is_foreign, is_installed, is_library
 from .structure import PLAIN
@@ -60,8 +59,8 @@ def _read_by(code: types.CodeType, space: dict[str, Any]) -> Iterator[Outside]:
     module = space.get("__name__", "")
     if space is not vars(sys.modules.get(module, types)):
         return  # made by `exec`, or gone
-    loaded, mentioned = _names(code)
-    for name in loaded:
+    names = names_in_code(code)
+    for name in names.read:
         value = space.get(name, _MISSING)
         if type(value) in PLAIN:
             yield Outside(module, (name,), value)
@@ -71,7 +70,7 @@ def _read_by(code: types.CodeType, space: dict[str, Any]) -> Iterator[Outside]:
         if value is _MISSING or isinstance(value, _NEVER) or _is_of_library(value):
             continue
         if hasattr(value, "__dict__"):
-            for attribute in mentioned:
+            for attribute in names.attributes:
                 kept = inspect.getattr_static(value, attribute, _MISSING)
                 if type(kept) in PLAIN:
                     yield Outside(module, (name, attribute), kept)
@@ -89,22 +88,6 @@ def _is_users_own(function: types.FunctionType) -> bool:
 
 def _code_of(module: str, function: types.FunctionType, *path: str) -> Outside:
     return Outside(module, (*path, "__code__"), frozen(function.__code__))
-
-
-@functools.lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The global variables that some code loads, and the attributes that it names."""
-    loaded, mentioned = dict[str, None](), dict[str, None]()
-    waiting = [code]
-    while waiting:
-        one = waiting.pop()
-        waiting += [constant for constant in one.co_consts if isinstance(constant, types.CodeType)]
-        for instruction in dis.get_instructions(one):
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                loaded[instruction.argval] = None
-            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                mentioned[instruction.argval] = None
-    return tuple(loaded), tuple(mentioned)
 
 
 def _is_of_library(value: Any) -> bool:

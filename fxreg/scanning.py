@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .enclosed import defaults, enclosed, slots
+from .enclosed import codes_in, defaults, enclosed, slots
 
 _OPCODES = {
     "BEFORE_WITH": "enters",
@@ -111,7 +111,7 @@ def written_names(functions: Iterable[types.FunctionType]) -> frozenset[str]:
 
 def global_names(modules: Iterable[nn.Module]) -> set[str]:
     """The global variables that the modules' code writes."""
-    codes = (code for module in modules for f in functions_of(module) for code in _codes(f.__code__))
+    codes = (code for module in modules for f in functions_of(module) for code in codes_in(f.__code__))
     instructions = (one for code in codes for one in dis.get_instructions(code))
     return {str(one.argval) for one in instructions if one.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")}
 
@@ -214,16 +214,9 @@ def _is_library(definition: Any) -> bool:
     return is_library(definition.__module__)
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
 def names_in(code: types.CodeType) -> set[str]:
     """Every name that code uses, other than of local variables."""
-    return {name for one in _codes(code) for name in one.co_names}
+    return {name for one in codes_in(code) for name in one.co_names}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -234,7 +227,7 @@ def names_mentioned(code: types.CodeType) -> frozenset[str]:
 
 def _strings(code: types.CodeType) -> Iterator[str]:
     """The constants in code that could be names."""
-    constants = (constant for one in _codes(code) for constant in one.co_consts)
+    constants = (constant for one in codes_in(code) for constant in one.co_consts)
     return (constant for constant in constants if isinstance(constant, str) and constant.isidentifier())
 
 
@@ -242,7 +235,7 @@ def _strings(code: types.CodeType) -> Iterator[str]:
 def _writes(function: types.FunctionType) -> frozenset[str]:
     own = function.__code__.co_varnames[:1] if function.__name__ == "__init__" else ()
     stored = set()
-    for code in _codes(function.__code__):
+    for code in codes_in(function.__code__):
         before = None
         for one in dis.get_instructions(code):
             is_new = before is not None and before.opname == "LOAD_FAST" and before.argval in own
@@ -255,7 +248,7 @@ def _writes(function: types.FunctionType) -> frozenset[str]:
 
 @_once_per_function
 def _may_change_containers(function: types.FunctionType) -> bool:
-    return any(map(_changes_containers, _codes(function.__code__)))
+    return any(map(_changes_containers, codes_in(function.__code__)))
 
 
 def _changes_containers(code: types.CodeType) -> bool:
@@ -265,7 +258,7 @@ def _changes_containers(code: types.CodeType) -> bool:
 
 @_once_per_function
 def _asks_for_none(function: types.FunctionType) -> bool:
-    return any(map(code_asks_for_none, _codes(function.__code__)))
+    return any(map(code_asks_for_none, codes_in(function.__code__)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -286,7 +279,7 @@ def _function_reason(function: types.FunctionType) -> str | None:
     if what is None and _may_change_a_global(function):
         what = "changes a global container"
     if what is None:
-        codes, space = _codes(function.__code__), function.__globals__
+        codes, space = codes_in(function.__code__), function.__globals__
         what = next((reason for code in codes if (reason := _code_reason(code, space))), None)
     return None if what is None else f"{function.__qualname__} {what}"
 

@@ -44,10 +44,12 @@ class Term:
 def separable_terms(gm: RegularizedModule) -> tuple[Term, ...] | None:
     """The penalties of an emitted module, if each is on a parameter; otherwise nothing."""
     penalties = [edit.effect.definition for edit in state_of(gm).provenance.plan.edits if isinstance(edit, Penalize)]
-    known = {definition.operator for definition in penalties if isinstance(definition, Penalty)}
+    known = {definition.operator.overloadpacket for definition in penalties if isinstance(definition, Penalty)}
     place = {calls.attach: 1, operators.total: 0}
     nodes: list[Any] = [t for node in gm.graph.nodes if node.target in place for t in node.args[place[node.target]]]
-    if any(node.target not in known or any(n.op != "get_attr" for n in node.all_input_nodes) for node in nodes):
+    # By the packet: what a formula means may have changed since, and with it the overload.
+    packets = {getattr(node.target, "overloadpacket", None) for node in nodes}
+    if not packets <= known or any(n.op != "get_attr" for node in nodes for n in node.all_input_nodes):
         return None
     return tuple(_term(node) for node in nodes)
 
