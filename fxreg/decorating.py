@@ -5,7 +5,7 @@ from typing import Any, Concatenate, ParamSpec, cast, overload
 
 from torch import Tensor
 
-from .effects import Gradient, Penalty
+from .effects import Definition, Gradient, Penalty
 
 P = ParamSpec("P")
 
@@ -73,3 +73,10 @@ def gradient(function: Any = None, *, detach: bool = False) -> Any:
     if function is None:
         return lambda f: Gradient(f, detach)
     return Gradient(function, detach)
+
+
+class OptimizerOption(Definition[P]):
+    """An effect that is an option of the optimizer and has no node."""
+
+    default_via = "optimizer"
+    leading = 0

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .arguments import Argument, ByName, are_equal, checked_strength, coerced, read_arguments, schema, signature
+from .arguments import (
+    Argument,
+    ByName,
+    are_equal,
+    as_given,
+    checked_strength,
+    coerced,
+    read_arguments,
+    schema,
+    signature,
+)
 from .errors import RuleError
 from .fingerprints import fingerprint
 from .formulas import GradientFormula, PenaltyFormula, ProximalFormula, fitting
@@ -163,8 +173,7 @@ class Definition(Generic[P]):
         registry[self.name] = self
 
     def refresh(self) -> None:
-        """Define the operators anew if the formula means something else than it did: if a function that it calls, or a
-        constant that it reads, is another one now."""
+        """Define operators anew if a function that the formula calls, or a constant that it reads, is another now."""
         now = fingerprint(type(self).__name__, *self._meaning())
         if now != self.fingerprint:
             self.fingerprint = now
@@ -224,11 +233,6 @@ def _anchors(parameters: Iterable[Argument]) -> tuple[str, ...]:
 
 def _named(names: tuple[str, ...], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, tensors, strict=True))
-
-
-def as_given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """An operator's arguments as its formula takes them: the dispatcher turns tuples into lists."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
 
 
 def _registered(name: str, fingerprint: str) -> Definition[Any]:
@@ -398,13 +402,6 @@ class Gradient(Definition[P]):
         self.operator = operators.define(
             self.name, self.fingerprint, self.schema("Tensor weight", "Tensor scale"), gradient
         )
-
-
-class OptimizerOption(Definition[P]):
-    """An effect that is an option of the optimizer and has no node."""
-
-    default_via = "optimizer"
-    leading = 0
 
 
 def strength_name(label: str, effect: Effect, own: str) -> str:

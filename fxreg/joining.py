@@ -6,8 +6,8 @@ from typing import Any, Concatenate, ParamSpec
 from torch import Tensor
 
 from . import operators
-from .arguments import Argument
-from .effects import Definition, Effect, as_given
+from .arguments import Argument, as_given
+from .effects import Definition, Effect
 from .errors import RuleError
 from .formulas import JointFormula
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from .effects import OptimizerOption, Penalty
+from .decorating import OptimizerOption
+from .effects import Penalty
 from .errors import FxregError, RuleError
 from .exported import as_module
 from .flows import reached

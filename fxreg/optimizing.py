@@ -10,7 +10,8 @@ from torch.export import ExportedProgram
 
 from .capture import capture
 from .captured import Captured
-from .effects import OptimizerOption, Penalty
+from .decorating import OptimizerOption
+from .effects import Penalty
 from .errors import RuleError
 from .exported import as_module, read_program
 from .matching import match

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Strength
-from .decorating import own_strengths, penalty
-from .effects import OptimizerOption
+from .decorating import OptimizerOption, own_strengths, penalty
 
 
 @penalty

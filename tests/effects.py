@@ -7,7 +7,8 @@ from typing import Any
 
 import fxreg
 from fxreg.constraining import Constraint
-from fxreg.effects import Definition, Gradient, OptimizerOption, Penalty, registry
+from fxreg.decorating import OptimizerOption
+from fxreg.effects import Definition, Gradient, Penalty, registry
 from fxreg.functions import FunctionPenalty
 from fxreg.joining import Joint
 
