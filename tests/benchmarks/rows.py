@@ -89,9 +89,15 @@ def _tokens(batch: int, length: int) -> Callable[[], tuple[Tensor, Tensor]]:
     return lambda: (torch.randint(512, (batch, length)), torch.randint(512, (batch, length)))
 
 
+def _images() -> tuple[Tensor, Tensor]:
+    return torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+
+
 WORKLOADS = (
     Workload("mlp", mlp, lambda: (torch.randn(32, 1024), torch.randn(32, 1024)), F.mse_loss),
-    Workload("resnet", ResNet, lambda: (torch.randn(16, 3, 32, 32), torch.randint(10, (16,))), F.cross_entropy),
+    Workload("small mlp", lambda: mlp(384), lambda: (torch.randn(32, 384), torch.randn(32, 384)), F.mse_loss),
+    Workload("resnet", ResNet, _images, F.cross_entropy),
+    Workload("resnet, channels last", lambda: ResNet().to(memory_format=torch.channels_last), _images, F.cross_entropy),
     Workload("gpt", GPT, _tokens(8, 64), next_token),
     Workload("gpt, tiny batch", GPT, _tokens(1, 8), next_token),
 )
