@@ -1,11 +1,11 @@
 """Parameter groups for the rules that an optimizer carries out."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .capture import capture
@@ -32,6 +32,8 @@ def param_groups(
     model: nn.Module | ExportedProgram,
     rules: Rule | Iterable[Rule],
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
+    *,
+    groups: Iterable[Mapping[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Parameter groups that make an optimizer carry out the `via="optimizer"` rules.
 
@@ -42,12 +44,15 @@ def param_groups(
         model: the model or exported program, or what `fxreg.transform` made of it.
         rules: the rules given to `fxreg.transform`; those with another `via` are left to it.
         optimizer: the class the groups are for.
+        groups: groups with an `lr` or other options of their own, as the optimizer takes them: each is divided by what
+            the rules say, and keeps its options. Parameters that are in none of them have the optimizer's defaults.
 
     Returns:
         Groups for the optimizer's first argument.
 
     Raises:
-        RuleError: the class has no `weight_decay`, or one that is not coupled although an l2 rule needs it to be.
+        RuleError: the class has no `weight_decay`, or one that is not coupled although an l2 rule needs it to be; a
+            group with a `weight_decay` of its own, or with what is no parameter of the model, or is in two of them.
         MatchError: as `fxreg.transform`.
         CaptureError: a rule for a position in the graph (`fxreg.last()`, …) that a capture without examples does not
             show; pass what `fxreg.transform` returned.
@@ -59,6 +64,10 @@ def param_groups(
     >>> [(group["weight_decay"], len(group["params"])) for group in groups]
     [(0.2, 1), (0.0, 1)]
     >>> optimizer = torch.optim.SGD(groups, lr=0.1)
+    >>> slow = [{"params": [model.bias], "lr": 0.01}]
+    >>> groups = fxreg.param_groups(model, rules, torch.optim.SGD, groups=slow)
+    >>> [(group.get("lr"), group["weight_decay"]) for group in groups]
+    [(0.01, 0.0), (None, 0.2)]
     """
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
         raise RuleError(
@@ -76,17 +85,48 @@ def param_groups(
         decay[edit.site] = decay.get(edit.site, 0.0) + _decay(edit, optimizer, options)
         if isinstance(edit.effect.definition, Penalty) and "decoupled_weight_decay" in options:
             pinned[edit.site] = False
-    groups: dict[tuple[float, bool | None], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+    found: list[dict[str, Any]] = []
+    for kept, entries in _divided(groups, model):
+        divided: dict[tuple[float, bool | None], dict[str, Any]] = {}
+        for name, entry in entries.items():
             key = (decay.get(name, 0.0), pinned.get(name))
             extra = {} if key[1] is None else {"decoupled_weight_decay": key[1]}
-            groups.setdefault(key, {"params": [], "weight_decay": key[0], **extra})["params"].append(parameter)
+            group = {**kept, "params": [], "weight_decay": key[0], **extra}
+            divided.setdefault(key, group)["params"].append(entry)
+        found += sorted(divided.values(), key=lambda group: -group["weight_decay"])
     if "weight_decay" not in options:
-        for group in groups.values():
+        for group in found:
             del group["weight_decay"]
     bind(model, edits)
-    return sorted(groups.values(), key=lambda group: -group.get("weight_decay", 0.0))
+    return found
+
+
+def _divided(groups: Iterable[Mapping[str, Any]], model: nn.Module) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The options of every group, and what it has of the trainable parameters, by name; last, those that are in none.
+
+    What it has is the parameter or, as the optimizer takes it too, its name and itself; either everywhere, or nowhere.
+    """
+    left: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names, are_named = dict(left), False
+    for which, group in enumerate(groups):
+        where = f"param_groups: groups[{which}]"
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise RuleError(f"{where} must be a dict with 'params', got {group!r}.")
+        if "weight_decay" in group:
+            raise RuleError(f"{where} has a weight_decay of its own. Say it by a rule, such as fxreg.weight_decay(d).")
+        own: dict[str, Any] = {}
+        for entry in [group["params"]] if isinstance(group["params"], Tensor) else group["params"]:
+            are_named |= isinstance(entry, tuple)
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if not isinstance(parameter, Tensor) or parameter not in names:
+                raise RuleError(f"{where} has a {type(parameter).__name__} that is no parameter of the model.")
+            if parameter not in left:
+                raise RuleError(f"{where} has {names[parameter]!r}, which is in a group already. Keep it in one.")
+            name = left.pop(parameter)
+            if parameter.requires_grad:
+                own[name] = entry
+        yield {option: value for option, value in group.items() if option != "params"}, own
+    yield {}, {name: (name, p) if are_named else p for p, name in left.items() if p.requires_grad}
 
 
 def _captured(model: nn.Module | ExportedProgram) -> Captured:

@@ -62,28 +62,30 @@ def assert_is(model: nn.Module, coefficients: np.ndarray, sparse: bool = True) -
     np.testing.assert_allclose(found, coefficients, rtol=0, atol=1e-6)
 
 
+compiled = pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
+def emitted(model: nn.Module, rule: fxreg.Rule, compiled: bool) -> nn.Module:
+    gm = fxreg.transform(model, rule)
+    torch._dynamo.reset()
+    return torch.compile(gm, fullgraph=True) if compiled else gm
+
+
 def linear(x: Tensor, y: Tensor, bias: bool = False) -> nn.Linear:
     return nn.Linear(x.shape[1], y.shape[1], bias=bias).double()
 
 
-@pytest.mark.parametrize(("momentum", "steps"), [(0.0, 1000), (0.8, 300)])
+@pytest.mark.parametrize(
+    ("momentum", "steps", "compiled"),
+    [(0.0, 1000, False), (0.8, 300, False), pytest.param(0.8, 300, True, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("alpha", [0.02, 0.1])
-def test_lasso(alpha: float, momentum: float, steps: int) -> None:
+def test_lasso(alpha: float, momentum: float, steps: int, compiled: bool) -> None:
     x, y = diabetes()
     model = linear(x, y)
-    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(alpha), via="proximal"))
+    gm = emitted(model, fxreg.Rule(fxreg.l1(alpha), via="proximal"), compiled)
     descend(gm, x, half_mean_square(y), curvature(x), steps, momentum)
     theirs = linear_model.Lasso(alpha=alpha, fit_intercept=False, tol=1e-14, max_iter=100_000)
-    assert_is(model, theirs.fit(x.numpy(), y.numpy().ravel()).coef_)
-
-
-@pytest.mark.slow
-def test_lasso_compiled() -> None:
-    x, y = diabetes()
-    model = linear(x, y)
-    gm = torch.compile(fxreg.transform(model, fxreg.Rule(fxreg.l1(0.05), via="proximal")), fullgraph=True)
-    descend(gm, x, half_mean_square(y), curvature(x), 300, 0.8)
-    theirs = linear_model.Lasso(alpha=0.05, fit_intercept=False, tol=1e-14, max_iter=100_000)
     assert_is(model, theirs.fit(x.numpy(), y.numpy().ravel()).coef_)
 
 
@@ -106,10 +108,11 @@ def test_a_path_of_lassos_along_a_schedule_of_strengths() -> None:
         scheduler.step()
 
 
-def test_elastic_net() -> None:
+@compiled
+def test_elastic_net(compiled: bool) -> None:
     x, y = diabetes()
     model = linear(x, y)
-    gm = fxreg.transform(model, fxreg.Rule(fxreg.elastic_net(l1=0.1 * 0.7, l2=0.1 * 0.3 / 2), via="proximal"))
+    gm = emitted(model, fxreg.Rule(fxreg.elastic_net(l1=0.1 * 0.7, l2=0.1 * 0.3 / 2), via="proximal"), compiled)
     descend(gm, x, half_mean_square(y), curvature(x), 300, 0.8)
     theirs = linear_model.ElasticNet(alpha=0.1, l1_ratio=0.7, fit_intercept=False, tol=1e-14, max_iter=100_000)
     assert_is(model, theirs.fit(x.numpy(), y.numpy().ravel()).coef_)
@@ -124,10 +127,11 @@ def test_elastic_net_of_two_rules_with_its_l2_in_the_graph() -> None:
     assert_is(model, theirs.fit(x.numpy(), y.numpy().ravel()).coef_)
 
 
-def test_multi_task_lasso_is_a_group_of_each_input() -> None:
+@compiled
+def test_multi_task_lasso_is_a_group_of_each_input(compiled: bool) -> None:
     x, y = diabetes(targets=3)
     model = linear(x, y)
-    gm = fxreg.transform(model, fxreg.Rule(fxreg.group_lasso(0.3, dim=1), via="proximal"))
+    gm = emitted(model, fxreg.Rule(fxreg.group_lasso(0.3, dim=1), via="proximal"), compiled)
     descend(gm, x, half_mean_square(y), curvature(x), 300)
     theirs = linear_model.MultiTaskLasso(alpha=0.3, fit_intercept=False, tol=1e-14, max_iter=100_000)
     assert_is(model, theirs.fit(x.numpy(), y.numpy()).coef_)
@@ -143,13 +147,16 @@ def test_non_negative_least_squares() -> None:
     assert_is(model, theirs.fit(x.numpy(), y.numpy().ravel()).coef_)
 
 
-@pytest.mark.parametrize("solver", ["saga", "liblinear"])
-def test_logistic_regression_with_l1(solver: str) -> None:
+@pytest.mark.parametrize(
+    ("solver", "compiled"),
+    [("saga", False), ("liblinear", False), pytest.param("liblinear", True, marks=pytest.mark.slow)],
+)
+def test_logistic_regression_with_l1(solver: str, compiled: bool) -> None:
     """liblinear takes the intercept for one more weight, and penalizes it; saga leaves it alone."""
     x, y = cancer()
     model, c = linear(x, y, bias=True), 0.02
     keys = {"param": "weight"} if solver == "saga" else {}
-    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(1 / (c * len(x))), via="proximal", **keys))
+    gm = emitted(model, fxreg.Rule(fxreg.l1(1 / (c * len(x))), via="proximal", **keys), compiled)
     loss = nn.BCEWithLogitsLoss()
     descend(gm, x, lambda output: loss(output, y), curvature(torch.cat([x, 1 + 0 * y], 1)) / 4, 1200, 0.95)
     theirs = linear_model.LogisticRegression(

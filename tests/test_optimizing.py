@@ -317,6 +317,90 @@ def test_a_rule_that_matches_nothing_is_an_error_here_too() -> None:
         fxreg.param_groups(make(), fxreg.Rule(fxreg.l2(0.1), name="nowhere", via="optimizer"))
 
 
+# Beside groups with options of their own.
+
+
+def test_a_hand_kept_no_decay_list_is_a_rule() -> None:
+    """As transformers' Trainer keeps it: decay on all but biases and normalizations."""
+    by_hand, model = make(), make()
+    named = [(name, p) for name, p in by_hand.named_parameters() if p.requires_grad]
+    listed = {True: [p for n, p in named if "bias" in n or "norm" in n]}
+    listed[False] = [p for n, p in named if not ("bias" in n or "norm" in n)]
+    theirs = [{"params": listed[spared], "weight_decay": 0.0 if spared else 0.3} for spared in (True, False)]
+    train(by_hand, optim.AdamW(theirs, lr=0.05))
+    rule = fxreg.Rule(fxreg.weight_decay(0.3), exclude=("*bias*", "*norm*"))
+    train(model, optim.AdamW(fxreg.param_groups(model, rule, optim.AdamW), lr=0.05))
+    assert_same(model, by_hand)
+
+
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"fused": True}], ids=repr)
+@pytest.mark.parametrize("named", [False, True])
+def test_learning_rates_of_their_own_stay_and_the_decay_is_the_rules(named: bool, how: dict[str, Any]) -> None:
+    by_hand, model = make(), make()
+    weights = [by_hand.get_parameter(n) for n in USED]
+
+    def slow(of: nn.Module) -> list[dict[str, Any]]:
+        body = of.body.named_parameters() if named else of.body.parameters()
+        bias = ("decode.bias", of.decode.bias) if named else of.decode.bias
+        return [{"params": body, "lr": 0.01, "momentum": 0.5}, {"params": [bias] if named else bias, "lr": 0.02}]
+
+    groups = slow(by_hand)
+    given = {id(p) for p in (*by_hand.body.parameters(), by_hand.decode.bias)}
+    rest = [(n, p) for n, p in by_hand.named_parameters() if id(p) not in given]
+    groups.append({"params": rest if named else [p for _, p in rest]})
+    train(by_hand, optim.SGD(groups, lr=0.1, **how), penalty=lambda: STRENGTH * sum(w.square().sum() for w in weights))
+    groups = fxreg.param_groups(model, weight_rule(), groups=slow(model))
+    assert [(g.get("lr"), g.get("momentum"), g["weight_decay"]) for g in groups] == [
+        (0.01, 0.5, 2 * STRENGTH), (0.01, 0.5, 0.0), (0.02, None, 0.0), (None, None, 2 * STRENGTH), (None, None, 0.0),
+    ]  # fmt: skip
+    optimizer = optim.SGD(groups, lr=0.1, **how)
+    if named:
+        assert optimizer.param_groups[0]["param_names"] == ["weight"]
+    train(model, optimizer)
+    assert_same(model, by_hand, 1e-11)
+
+
+def test_frozen_and_tied_parameters_of_a_given_group_are_once_there_or_not_at_all() -> None:
+    model = make()
+    groups = [{"params": [model.decode.weight, model.fixed.weight], "lr": 0.01}]
+    found = fxreg.param_groups(model, weight_rule(), groups=groups)
+    assert [len(g["params"]) for g in found if "lr" in g] == [1]
+    assert decays(found, model) == decays(fxreg.param_groups(model, weight_rule()), model)
+    assert len(groups[0]["params"]) == 2
+    assert "weight_decay" not in groups[0]
+
+
+def test_a_group_keeps_its_decoupled_decay_but_where_l2_is_exact_without() -> None:
+    model = make()
+    groups = [{"params": model.body.parameters(), "decoupled_weight_decay": True}]
+    found = fxreg.param_groups(model, weight_rule(), optim.Adam, groups=groups)
+    assert [(g["weight_decay"], g.get("decoupled_weight_decay")) for g in found] == [
+        (2 * STRENGTH, False), (0.0, True), (2 * STRENGTH, False), (0.0, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            lambda m: [{"params": m.body.parameters(), "weight_decay": 0.1}],
+            r"groups\[0\] has a weight_decay of its own",
+        ),
+        (lambda m: [{"params": []}, {"lr": 0.1}], r"groups\[1\] must be a dict with 'params'"),
+        (lambda m: {"params": m.body.parameters()}, r"groups\[0\] must be a dict with 'params', got 'params'"),
+        (lambda m: [{"params": [nn.Parameter(torch.ones(1))]}], "has a Parameter that is no parameter of the model"),
+        (lambda m: [{"params": ["body.weight"]}], "has a str that is no parameter of the model"),
+        (lambda m: [{"params": m.embed.weight}, {"params": m.decode.weight}], r"groups\[1\] has 'embed.weight', which"),
+    ],
+)
+def test_groups_that_say_too_much_or_too_little_are_refused_and_bind_nothing(groups: Any, message: str) -> None:
+    model = make()
+    gm = fxreg.transform(model, weight_rule())
+    with pytest.raises(fxreg.RuleError, match=message):
+        fxreg.param_groups(model, weight_rule(), groups=groups(model))
+    assert shown_unbound(gm)
+
+
 # Unbound rules are told of.
 
 
