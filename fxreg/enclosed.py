@@ -92,7 +92,7 @@ def names_in_code(code: types.CodeType) -> Names:
                 read[argument] = None
             elif name in _MENTIONS:
                 attributes[argument] = None
-                if argument in _PUTS and begins.get(where) == instructions[at - 1].argval:
+                if argument in _PUTS and where in begins and begins[where] == instructions[at - 1].argval:
                     filled.add(begins[where])
             elif name == "IMPORT_NAME":
                 imported[argument, instructions[at - 2].argval] = None

@@ -1,8 +1,8 @@
 """A short name for what a formula means, so that two formulas share it only if they cannot be told apart.
 
 A function means its bytecode, its defaults, what it closes over, and the values of the global variables that its code
-reads: functions likewise, and everything else by content. What torch and Python define means its qualified name; what
-fxreg defines also means the code of the modules that run inside operators.
+reads: functions likewise, and everything else by content. What torch, Python and installed packages define means its
+qualified name; what fxreg defines also means the code of the modules that run inside operators.
 """
 
 import builtins
@@ -15,13 +15,16 @@ import importlib.util
 import os
 import sys
 import types
+from collections import deque
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef  # private: what torch.library.custom_op returns
 
-from .enclosed import Names, defaults, names_in_code
+from .enclosed import Names, defaults, entries, names_in_code
+from .packages import edition
 
 NUMERICS = (
     "activations", "anchors", "arguments", "constraints", "effects", "formulas", "functions", "gradients", "groups",
@@ -30,8 +33,6 @@ NUMERICS = (
 """The modules of fxreg's that run inside an operator, and those of the formulas."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, types.NoneType, types.EllipsisType)
-_LIBRARIES = (__name__.partition(".")[0], "torch", "numpy")
-_STANDARD = os.path.dirname(os.__file__)
 _NO_CONTENT = {"_abc_impl", "__dict__", "__weakref__"}
 _PROCESS = os.urandom(8).hex()
 _kept: dict[int, object] = {}
@@ -42,7 +43,7 @@ def fingerprint(*meaning: object) -> str:
     found = _Meaning()
     found.say(_numerics())
     found.all_of(meaning)
-    return "x" + found.digest.hexdigest()[:8]
+    return "x" + found.finished()[:8]
 
 
 @functools.cache
@@ -57,11 +58,18 @@ def _numerics() -> str:
 
 
 class _Meaning:
-    """Writes what values mean into a digest, the same in every process. What has been met before is named by when."""
+    """Writes what values mean into a digest, the same in every process. Where one is met its number is written, and
+    what it means once, later: in a queue, as functions may call each other, and as deep as they like."""
 
     def __init__(self, met: "dict[int, tuple[int, object]] | None" = None) -> None:
         self.digest = hashlib.sha256()
         self.met = {} if met is None else met
+        self.waiting = deque[object]()
+
+    def finished(self) -> str:
+        while self.waiting:
+            self._explain(self.waiting.popleft())
+        return self.digest.hexdigest()
 
     def say(self, *words: object) -> None:
         self.digest.update(repr(words).encode(errors="backslashreplace"))
@@ -81,21 +89,21 @@ class _Meaning:
         elif isinstance(value, types.CodeType):
             self.say(_code(value))
         elif isinstance(value, types.ModuleType):
-            self.say("module", value.__name__)
-        elif id(value) in self.met:
-            self.say("again", self.met[id(value)][0])
+            self.say("module", value.__name__, edition(value.__name__))
         else:
-            self.met[id(value)] = len(self.met), value  # keeps it alive, so that no other gets its id
-            self._add_new(value)
+            if id(value) not in self.met:
+                self.met[id(value)] = len(self.met), value  # kept alive, so that no other gets its id
+                self.waiting.append(value)
+            self.say("number", self.met[id(value)][0])
 
-    def _add_new(self, value: Any) -> None:
+    def _explain(self, value: Any) -> None:
         match value:
             case types.FunctionType():
                 self._function(value)
             case type():
                 self._class(value)
             case types.MethodType() | types.BuiltinMethodType():
-                self.say("method", value.__module__, getattr(value, "__qualname__", None))
+                self.say("method", value.__module__, getattr(value, "__qualname__", None), edition(value.__module__))
                 self.all_of([getattr(value, "__func__", None), value.__self__])
             case staticmethod() | classmethod():
                 self.say(type(value).__name__)
@@ -103,28 +111,38 @@ class _Meaning:
             case property():
                 self.say("property")
                 self.all_of([value.fget, value.fset, value.fdel])
-            case list():
-                self.say(type(value).__name__)
-                self.all_of(value)
-            case set() | frozenset():
-                self.say(type(value).__name__, sorted(map(self._apart, value)))
-            case dict() | types.MappingProxyType():
-                self.say(type(value).__name__)
-                self.all_of(item for pair in value.items() for item in pair)
+            case types.MappingProxyType():
+                self.add(dict(value))
+            case list() | set() | frozenset() | dict():
+                self._container(value)
             case Tensor():
                 self._tensor(value)
             case torch._ops.OperatorBase() | torch._ops.OpOverloadPacket():
                 self.say("operator", str(value))
+            case CustomOpDef():
+                self.say("operator", value._qualname)
+                self.all_of([value._init_fn, value._backward_fn, value._setup_context_fn])
             case torch.jit.ScriptFunction():
                 self.say("script", str(value.inlined_graph))
             case _:
                 self._object(value)
 
+    def _container(self, value: Any) -> None:
+        """What is in it, however its class would give it out; and whatever a class of somebody's adds."""
+        self.all_of([type(value), getattr(value, "__dict__", None), getattr(value, "default_factory", None)])
+        if isinstance(value, dict):
+            self.all_of(item for pair in entries(value).items() for item in pair)
+        elif isinstance(value, list):
+            self.all_of(list.__iter__(value))
+        else:
+            kind: Any = set if isinstance(value, set) else frozenset
+            self.say(sorted(map(self._apart, kind.__iter__(value))))
+
     def _apart(self, value: object) -> str:
         """What one of several values means that have no order."""
         one = _Meaning(dict(self.met))
         one.add(value)
-        return one.digest.hexdigest()
+        return one.finished()
 
     def _function(self, function: types.FunctionType) -> None:
         names = names_in_code(function.__code__)
@@ -136,8 +154,8 @@ class _Meaning:
             if name == "__wrapped__" or not name.startswith("_"):
                 self._variable(name, value, names)
         space = function.__globals__
-        if is_constant(space.get("__name__")):
-            self.say(space["__name__"], function.__qualname__)
+        if (known := edition(space.get("__name__"))) is not None:
+            self.say(known, space["__name__"], function.__qualname__)
             return
         for name in names.read:
             self._variable(name, space.get(name, getattr(builtins, name, _Unbound)), names)
@@ -155,7 +173,7 @@ class _Meaning:
 
     def _module(self, module: types.ModuleType, names: Names, passed: set[str]) -> None:
         """Those attributes of a module that code names."""
-        if is_constant(module.__name__) or module.__name__ in passed:
+        if edition(module.__name__) is not None or module.__name__ in passed:
             return
         passed.add(module.__name__)
         for name in names.attributes:
@@ -167,8 +185,9 @@ class _Meaning:
                     self._module(value, names, passed)
 
     def _class(self, kind: type) -> None:
-        self.say("class", kind.__module__, kind.__qualname__)
-        if is_constant(kind.__module__):
+        known = edition(kind.__module__)
+        self.say("class", kind.__module__, kind.__qualname__, known)
+        if known is not None:
             return
         self.all_of(kind.__bases__)
         for name, value in vars(kind).items():
@@ -197,10 +216,11 @@ class _Meaning:
         try:
             reduce = copyreg.dispatch_table.get(type(value))
             parts = value.__reduce_ex__(2) if reduce is None else reduce(value)
+            parts = [parts] if isinstance(parts, str) else [*map(_listed, parts)]
         except Exception:
             self._by_identity(value)
-            return
-        self.all_of([parts] if isinstance(parts, str) else (_listed(part) for part in parts))
+        else:
+            self.all_of(parts)
 
     def _by_identity(self, value: object) -> None:
         """Like nothing else, in this process or in any other."""
@@ -230,19 +250,9 @@ def _module(name: str, level: int, space: dict[str, Any]) -> Any:
     """What `import` would give to code with these global variables."""
     try:
         full = importlib.util.resolve_name("." * level + name, space.get("__package__"))
-        return sys.modules.get(full) or (full if is_constant(full) else importlib.import_module(full))
+        return sys.modules.get(full) or (full if edition(full) == "" else importlib.import_module(full))
     except ImportError:
         return _Unbound
-
-
-@functools.lru_cache(maxsize=4096)
-def is_constant(module: str | None) -> bool:
-    """Whether what a module defines is what its name says, whoever asks: it is a known library's, or Python's own."""
-    top = (module or "").partition(".")[0]
-    if top not in sys.stdlib_module_names:
-        return top in _LIBRARIES
-    path = getattr(sys.modules.get(top), "__file__", None)
-    return path is None or path.startswith(_STANDARD)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -203,13 +203,6 @@ def is_foreign(module: str | None) -> bool:
     return is_library(module) or (module or "").partition(".")[0] in sys.stdlib_module_names
 
 
-@functools.lru_cache(maxsize=4096)
-def is_installed(module: str | None) -> bool:
-    """Whether a module is somebody's package, and not of the user's own program."""
-    path = getattr(sys.modules.get(module or ""), "__file__", None) or ""
-    return "site-packages" in path or "dist-packages" in path
-
-
 def _is_library(definition: Any) -> bool:
     return is_library(definition.__module__)
 

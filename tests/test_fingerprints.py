@@ -7,6 +7,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 import fxreg
-from fxreg import operators
+from fxreg import operators, packages
 from fxreg.fingerprints import NUMERICS, fingerprint
+from fxreg.packages import edition
 
 from .test_registry import EXAMPLES, WAYS, eager, loss_of, net
 
@@ -123,6 +125,20 @@ CHANGES = {
         -1,
     ),
     "a constant of a class": ("K.by * weight.sum()", "class K:\n    by = 2", "K.by = 3", 2, 3),
+    "a dict's default": (
+        "TABLE.default_factory() * weight.sum()",
+        "from collections import defaultdict\nTABLE = defaultdict(lambda: 2.0)",
+        "TABLE = defaultdict(lambda: 3.0)",
+        2,
+        3,
+    ),
+    "a dict of one's own": (
+        "TABLE.by() * weight.sum()",
+        "class K(dict):\n    items = None\n    def by(self): return self['a'] * 2\nTABLE = K(a=1.0)",
+        "K.by = lambda self: 3.0",
+        2,
+        3,
+    ),
     "an object": (
         "K.by * weight.sum()",
         "from types import SimpleNamespace\nK = SimpleNamespace(by=2)",
@@ -207,13 +223,43 @@ def test_what_a_formula_does_not_read_is_not_part_of_its_name(name: str, cell: t
 
 def test_a_method_that_is_no_puts_hides_nothing(cell: types.ModuleType) -> None:
     """`add` is a set's, and a tensor's."""
-    run(cell, FORMULA.format("f(weight).add(1) + TABLE.get('a').add(1)"))
+    run(cell, FORMULA.format("(f(weight).add(1) + TABLE.get('a').add(1) + weight[0][0].add(1)).sum()"))
     names = []
     for factor in (2, 3, 4):
         run(cell, f"f = lambda w: {min(factor, 3)} * w.sum()\nTABLE = {{'a': torch.tensor({factor})}}")
         cell.fingerprints_cell.refresh()
         names.append(cell.fingerprints_cell.fingerprint)
     assert len(set(names)) == 3
+
+
+def test_functions_are_followed_as_deep_as_they_go(cell: types.ModuleType) -> None:
+    run(cell, FORMULA.format("f0(weight)"))
+    run(cell, "\n".join(f"def f{k}(w): return f{k + 1}(w)" for k in range(1000)) + "\ndef f1000(w): return w.sum()")
+    names = []
+    for change in ("", "def f1000(w): return -w.sum()"):
+        run(cell, change)
+        cell.fingerprints_cell.refresh()
+        names.append(cell.fingerprints_cell.fingerprint)
+    assert names[0] != names[1]
+
+
+def test_what_is_installed_is_known_by_its_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert edition("torch.nn.functional") == edition("json") == edition("builtins") == edition("fxreg.norms") == ""
+    own = edition("networkx.classes")
+    assert own
+    assert own == edition("networkx")
+    assert own not in (edition("numpy.random"), edition(__name__), edition("__main__"))
+    assert edition(__name__) is None
+    shadowing = types.ModuleType("colorsys")  # a user's file under the name of one of Python's
+    shadowing.__file__ = str(tmp_path / "colorsys.py")
+    monkeypatch.setitem(sys.modules, "colorsys", shadowing)
+    assert edition("colorsys") is None
+    monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: "another")
+    packages._record.cache_clear()
+    try:
+        assert edition("networkx") not in ("", None, own)
+    finally:
+        packages._record.cache_clear()
 
 
 def test_formulas_that_did_not_fit_are_tried_again_when_they_mean_something_else(cell: types.ModuleType) -> None:
@@ -254,12 +300,13 @@ def test_inductor_compiles_anew_what_calls_another_helper(via: Any, cell: types.
 
 USER = """
 import collections, enum, functools, math, os, re, types
-import fxreg, torch
+import fxreg, networkx, numpy, torch
 from torch import Tensor
 
 @fxreg.penalty
 def fingerprints_many(weight: Tensor) -> Tensor:
     names = [DTYPE, DEVICE, SET, FROZEN, TABLE, PARTIAL, PATTERN, KINDS, ORDERED, PROXY, PARAMETER, MODULE, SIZE]
+    names += [networkx.shortest_path, numpy.float32, ARRAY, custom]
     if weight.device.type in {"cpu", "cuda", "mps", "xpu"}:
         names.append(lambda: weight)
     return rate() * decorated(weight) + Holder().f(weight) + math.sin(0.0) * len(names) + fxreg.l1.function(weight)
@@ -270,6 +317,9 @@ TABLE = {"sum": torch.sum, "abs": Tensor.abs, "own": lambda w: w, "add": torch.o
 PARTIAL, PATTERN, PROXY = functools.partial(torch.mul, 2.0), re.compile("a+"), types.MappingProxyType({"a": 1})
 ORDERED = collections.OrderedDict(a=1)
 PARAMETER, MODULE = torch.nn.Parameter(torch.ones(2)), torch.nn.Linear(2, 2, device="meta")
+ARRAY = numpy.arange(3.0)
+@torch.library.custom_op("fingerprints::custom", mutates_args=())
+def custom(w: Tensor) -> Tensor: return w.clone()
 class KINDS(enum.Enum):
     A, B = 1, 2
 @functools.lru_cache
