@@ -254,7 +254,8 @@ def test_what_is_installed_is_known_by_its_record(monkeypatch: pytest.MonkeyPatc
     shadowing.__file__ = str(tmp_path / "colorsys.py")
     monkeypatch.setitem(sys.modules, "colorsys", shadowing)
     assert edition("colorsys") is None
-    monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: "another")
+    read = metadata.PathDistribution.read_text
+    monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: f"{read(self, name)}\n")
     packages._record.cache_clear()
     try:
         assert edition("networkx") not in ("", None, own)
