@@ -319,6 +319,15 @@ def test_at_the_ends_of_float32_transforms_are_what_they_are_in_float64(
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-37)
 
 
+@pytest.mark.parametrize("name", [one for one in TRANSFORMS if one not in ("add_noise", "registry_homing")])
+def test_a_gradient_of_zeros_stays_one(name: str) -> None:
+    """But for what adds to it."""
+    for shape, dtype in itertools.product([(4, 4), (1, 1)], [torch.float64, torch.float32, torch.bfloat16]):
+        for weight in (torch.zeros(shape, dtype=dtype), random(*shape, dtype=dtype)):
+            if _taken(EXAMPLES[name].effect, shape):
+                assert not gradient(EXAMPLES[name].effect, weight, torch.zeros_like(weight)).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", slow_but(QUICK, TRANSFORMS))
 def test_of_a_million_elements_transforms_are_what_they_are_in_float64(name: str, dtype: torch.dtype) -> None:

@@ -236,6 +236,26 @@ def test_a_direction_is_kept_where_its_squares_are_zero_or_infinite(size: float)
     torch.testing.assert_close(moved(fxreg.l2_ball(2.0), torch.full((4,), 1e30)), torch.ones(4))
 
 
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+@pytest.mark.parametrize("name", EFFECTS)
+def test_at_the_ends_of_float32_projections_are_what_they_are_in_float64(name: str, size: float) -> None:
+    w = draw_weight(2, (4, 4), size).float()
+    found, wanted = moved(EFFECTS[name], w).double(), moved(EFFECTS[name], w.double())
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", [*EFFECTS, "weight_decay", "l2 by the optimizer"])
+def test_complex_and_integer_parameters_are_refused(name: str) -> None:
+    others = {"weight_decay": fxreg.weight_decay(0.1), "l2 by the optimizer": fxreg.l2(0.1)}
+    rule = fxreg.Rule((EFFECTS | others)[name], via="optimizer" if name in others else None)
+    with pytest.raises(fxreg.MatchError, match="'weight': it is complex"):
+        fxreg.transform(Holder(torch.ones(4, 4, dtype=torch.complex64)), rule)
+    model = Holder(torch.ones(4, 4))
+    model.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(fxreg.MatchError, match="'weight': it is not a floating-point tensor"):
+        fxreg.transform(model, rule)
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (0, 4), (2, 4, 2, 2)])
 @pytest.mark.parametrize("name", EFFECTS)
 def test_shapes(name: str, shape: tuple[int, ...]) -> None:
@@ -276,25 +296,82 @@ def test_a_size_that_has_no_whole_pattern_is_refused() -> None:
         fxreg.explain(nn.Linear(6, 2), fxreg.Rule(fxreg.n_m_sparsity(), param="weight"))
 
 
-def test_training_under_a_constraint_is_projected_gradient_descent() -> None:
+def _limited(v: Array, limit: float) -> Array:
+    return v * min(1.0, limit / float(np.linalg.norm(v)))
+
+
+def _shifted(v: Array, total: float) -> Array:
+    """max(v − θ, 0) of that sum, with the θ that bisection finds."""
+    low, high = float(v.min()) - total, float(v.max())
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.maximum(v - middle, 0).sum() > total else (low, middle)
+    return np.maximum(v - low, 0)
+
+
+def _sparse(v: Array) -> Array:
+    """The two largest of four."""
+    return np.where(np.argsort(np.argsort(-np.abs(v))) < 2, v, 0)
+
+
+# The effect, and the same by hand for one row of a Linear(4, 3)'s weight, or for all of it.
+BY_HAND: dict[str, tuple[Any, bool, Callable[[Array], Array]]] = {
+    "non_negative": (fxreg.non_negative(), False, lambda v: np.where(v > 0, v, 0)),
+    "box": (fxreg.box(-0.2, 0.1), False, lambda v: np.minimum(np.maximum(v, -0.2), 0.1)),
+    "limit_norm": (fxreg.limit_norm(0.3), True, lambda v: _limited(v, 0.3)),
+    "unit_norm": (fxreg.unit_norm(), True, lambda v: v / np.linalg.norm(v)),
+    "min_max_norm": (
+        fxreg.min_max_norm(low=0.5, high=0.6), True,
+        lambda v: v / np.linalg.norm(v) * min(max(float(np.linalg.norm(v)), 0.5), 0.6),
+    ),
+    "simplex": (fxreg.simplex(total=1.5, dim=0), True, lambda v: _shifted(v, 1.5)),
+    "l1_ball": (
+        fxreg.l1_ball(0.5), False,
+        lambda v: np.sign(v) * _shifted(np.abs(v), 0.5) if np.abs(v).sum() > 0.5 else v,
+    ),
+    "l2_ball": (fxreg.l2_ball(0.5), False, lambda v: _limited(v, 0.5)),
+    "n_m_sparsity": (fxreg.n_m_sparsity(2, 4), True, _sparse),
+}  # fmt: skip
+
+
+def test_every_constraint_is_here_by_hand() -> None:
+    assert BY_HAND.keys() == {effect.name for effect in EFFECTS.values()}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_training_under_a_constraint_is_projected_gradient_descent(name: str) -> None:
+    effect, by_row, project = BY_HAND[name]
     x, y = draw_weight(1, (20, 4)), draw_weight(2, (20, 3))
+    torch.manual_seed(0)
     model, reference = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
     reference.load_state_dict(model.state_dict())
-    gm = fxreg.transform(model, fxreg.Rule(fxreg.limit_norm(0.3), param="weight"))
+    gm = fxreg.transform(model, fxreg.Rule(effect, param="weight"))
     optimizer, by_hand = optim.SGD(model.parameters(), lr=0.1), optim.SGD(reference.parameters(), lr=0.1)
     fxreg.ProximalStep(optimizer, gm)
-    for step in range(20):
-        if step == 10:
-            fxreg.strengths(gm)["limit_norm"] = 0.2
+    moved_by = 0.0
+    for _ in range(20):
         for module, one in ((gm, optimizer), (reference, by_hand)):
             one.zero_grad()
             (module(x) - y).square().mean().backward()
             one.step()
+        w = reference.weight.detach().numpy()
+        wanted = np.stack([project(row) for row in w]) if by_row else project(w.reshape(-1)).reshape(w.shape)
+        moved_by += float(np.abs(wanted - w).max())
         with torch.no_grad():
-            norms = reference.weight.norm(dim=1, keepdim=True)
-            reference.weight.mul_((0.3 if step < 10 else 0.2) / norms.clamp_min(0.3 if step < 10 else 0.2))
-        torch.testing.assert_close(model.weight, reference.weight, rtol=1e-13, atol=1e-13)
-    assert float(model.weight.detach().norm(dim=1).max()) == pytest.approx(0.2)
+            reference.weight.copy_(torch.from_numpy(wanted))
+        torch.testing.assert_close(model.weight, reference.weight, rtol=1e-12, atol=1e-12)
+    assert moved_by > 1e-3
+
+
+def test_a_limit_that_is_set_while_training_holds_from_the_next_step_on() -> None:
+    gm = fxreg.transform(model := nn.Linear(4, 3), fxreg.Rule(fxreg.limit_norm(0.3), param="weight"))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    fxreg.ProximalStep(optimizer, gm)
+    for limit in (0.3, 0.2):
+        fxreg.strengths(gm)["limit_norm"] = limit
+        gm(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+        assert float(model.weight.detach().norm(dim=1).max()) == pytest.approx(limit)
 
 
 def test_a_constraint_of_ones_own_with_a_tensor_and_a_strength() -> None:

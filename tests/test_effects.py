@@ -619,6 +619,28 @@ def test_clip_norm_leaves_a_short_gradient_bitwise_and_a_zero_one_zero() -> None
     assert torch.equal(gradient_of(torch.zeros(3), torch.zeros(3), fxreg.clip_norm(0.0)), torch.zeros(3))
 
 
+AT_THE_KNEE = {
+    "clip_value": (fxreg.clip_value(0.8), lambda g: g.abs().amax(1, keepdim=True) / 0.8),
+    "clip_norm": (fxreg.clip_norm(2.0), lambda g: g.norm() / 2),
+    "clip_global_norm": (fxreg.clip_global_norm(2.0), lambda g: g.norm() / 2),
+    "clip_block_rms": (fxreg.clip_block_rms(2.0), lambda g: g.square().mean().sqrt() / 2),
+    "adaptive_clip": (fxreg.adaptive_clip(0.5), lambda g: g.norm(dim=1, keepdim=True) / (0.5 * 7**0.5)),
+}
+
+
+@pytest.mark.parametrize("name", AT_THE_KNEE)
+def test_where_a_clip_begins_it_changes_nothing_yet(name: str) -> None:
+    """At the threshold and just below; just above it, it takes only what is too much. torch's epsilon is 1e-6."""
+    effect, ratio = AT_THE_KNEE[name]
+    weight, grad = torch.ones(5, 7, dtype=torch.float64), weights(5, 7, seed=2, zeros=False)
+    at = grad / ratio(grad)
+    for factor in (0.5, 1 - 1e-9, 1.0, 1 + 1e-9):
+        found = gradient_of(weight, factor * at, effect)
+        torch.testing.assert_close(found, min(factor, 1.0) * at, rtol=1e-6, atol=0)
+    above = gradient_of(weight, 2 * at, effect)
+    torch.testing.assert_close(ratio(above), torch.ones_like(ratio(above)), rtol=1e-6, atol=0)
+
+
 def test_clip_value_bounds_infinities_and_keeps_nan() -> None:
     grad = torch.tensor([math.nan, math.inf, -math.inf, 0.5, -3.0, 0.0])
     found = gradient_of(torch.zeros(6), grad, fxreg.clip_value(2.0))
