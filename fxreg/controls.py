@@ -11,7 +11,7 @@ from .effects import Effect, Penalty, strength_name
 from .errors import FxregError, RuleError
 from .module import State, emitted, state_of
 from .observing import observing, slopes
-from .penalty_calls import reduced
+from .penalty_calls import reduced, summed_squares
 from .planning import LeaveToCompanion, Penalize, PenalizeActivation, PenalizeFunction, PullBack
 from .snapshots import borrowed
 from .structure import fresh, map_tensors
@@ -176,7 +176,7 @@ def function_value(state: State, edit: PenalizeFunction, model: nn.Module, args:
         stream = state.get_buffer(state.provenance.streams[edit.label, edit.site]).clone()
         stream[1] += 1
     found = slopes(model, args, kwargs, edit, stream)
-    value = torch.stack([one.square().sum() for _, gradients in found for one in gradients]).sum()
+    value = torch.stack([summed_squares(one) for _, gradients in found for one in gradients]).sum()
     value = value / edit.effect.arguments.get("samples", 1)
     (strength,) = live_strengths(state, edit.label, edit.effect).values()
     return reduced((strength.reshape(()).to(value.device) * value).to(value.dtype), found[0][0], edit.reduction)

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from .calls import call_model, call_with
 from .errors import CaptureError, FxregError
 from .functions import directions
+from .operators import accumulation_dtype, total
 from .operators import drawn as _draw_operator
-from .operators import total
 from .structure import map_tensors, tensors
 
 Watched: TypeAlias = tuple[Any, ...]
@@ -167,7 +167,7 @@ def penalize_function(
     with _generators_kept(inputs):
         for sample in range(samples):
             found = torch.func.grad(along, argnums=1)(sample, [inputs[place] for place in places], buffers)
-            terms += [one.square().sum() for one in found]
+            terms += [summed_squares(one) for one in found]
     strength = strengths[0].reshape(()).to(terms[0].device)
     penalty = (strength * sum_of(terms) / samples).to(terms[0].dtype)
     return reduced(penalty, inputs[places[0]], edit.reduction)
@@ -180,6 +180,11 @@ def followed(output: Any) -> list[Tensor]:
     if not found:
         raise FxregError("a penalty on the model's function: there is no floating-point tensor in its output.")
     return found
+
+
+def summed_squares(gradient: Tensor) -> Tensor:
+    """‖g‖², of one of 16 bits in float32."""
+    return gradient.to(accumulation_dtype(gradient.dtype)).square().sum()
 
 
 def sum_of(terms: list[Tensor]) -> Tensor:

@@ -194,6 +194,25 @@ def test_training_with_the_jacobian_is_double_backpropagation_of_its_directions(
     assert_same(gradients(penalty, gm), gradients(value, twin), 1e-12)
 
 
+@pytest.mark.parametrize("effect", [fxreg.input_gradient(S), fxreg.jacobian(S)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_gradients_are_squared_and_summed_in_float32(effect: Any, dtype: torch.dtype) -> None:
+    """R is n·Σw² of a linear function with one output: 300² is no float16, and the sum takes more than 8 bits."""
+    model = nn.Linear(1000, 1, bias=False, dtype=dtype)
+    nn.init.constant_(model.weight, 300.0)
+    inputs = torch.ones(4, 1000, dtype=dtype)
+    rule = fxreg.Rule(effect, on="input")
+    for examples in (None, (inputs,)):
+        gm = fxreg.transform(model, rule, emit="output", example_inputs=examples)
+        penalty = gm(inputs)[1]
+        assert penalty.dtype == torch.float32
+        assert float(penalty.detach()) == pytest.approx(S * 4 * 1000 * 300.0**2, rel=1e-5)
+        assert float(fxreg.penalties(gm, inputs)[effect.name]) == pytest.approx(float(penalty.detach()), rel=1e-6)
+        (slope,) = torch.autograd.grad(penalty, model.weight)
+        assert slope.dtype == dtype
+        torch.testing.assert_close(slope.float(), torch.full((1, 1000), 2 * S * 4 * 300.0), rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize(
     "keys", [{}, {"on": "output"}, {"on": "input", "layer": "Linear"}, {"on": "input", "name": "first"}], ids=str
 )
