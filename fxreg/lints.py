@@ -10,7 +10,7 @@ from .effects import Definition
 from .groups import group_lasso, sparse_group_lasso
 from .matching import Match
 from .matrices import nuclear_norm, spectral
-from .nonconvex import lp
+from .nonconvex import log_sum, lp, mcp, scad, smooth_l1
 from .regularizers import elastic_net, l1, l2, weight_decay
 from .rules import Rule, is_literal, matcher
 from .sites import Owner, Site
@@ -18,9 +18,9 @@ from .sites import Owner, Site
 LintKind: TypeAlias = Literal["bias-or-norm", "double-decay", "scale-invariant", "unreached"]
 
 NORMS: tuple[Definition[...], ...] = (
-    l1, l2, elastic_net, lp, group_lasso, sparse_group_lasso, nuclear_norm, spectral,
+    l1, l2, elastic_net, lp, smooth_l1, log_sum, scad, mcp, group_lasso, sparse_group_lasso, nuclear_norm, spectral,
 )  # fmt: skip
-"""Penalties that grow with the weight's scale, and pull it to 0."""
+"""Penalties that grow with the weight's scale, be it up to a bound, and pull it to 0."""
 
 _NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # private by name only
 

@@ -213,6 +213,20 @@ def test_16_bit_gradients_are_squared_and_summed_in_float32(effect: Any, dtype: 
         torch.testing.assert_close(slope.float(), torch.full((1, 1000), 2 * S * 4 * 300.0), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("effect", [fxreg.input_gradient(S), fxreg.jacobian(S)], ids=repr)
+def test_of_no_samples_one_or_huge_ones_numbers_are_finite_and_of_complex_ones_refused(effect: Any) -> None:
+    model = nn.Linear(3, 1)
+    gm = fxreg.transform(model, fxreg.Rule(effect, on="input"), emit="output")
+    for inputs, samples in ((torch.zeros(0, 3), 0), (torch.zeros(3), 1), (torch.full((2, 3), 1e15), 2)):
+        penalty = gm(inputs)[1]
+        torch.testing.assert_close(penalty, S * samples * model.weight.square().sum())
+        (slope,) = torch.autograd.grad(penalty, model.weight)
+        torch.testing.assert_close(slope, 2 * S * samples * model.weight)
+    model = nn.Linear(3, 1, dtype=torch.complex64)
+    with pytest.raises(fxreg.FxregError, match="no floating-point tensor among the inputs"):
+        fxreg.transform(model, fxreg.Rule(effect, on="input"))(torch.zeros(2, 3, dtype=torch.complex64))
+
+
 @pytest.mark.parametrize(
     "keys", [{}, {"on": "output"}, {"on": "input", "layer": "Linear"}, {"on": "input", "name": "first"}], ids=str
 )
