@@ -25,7 +25,7 @@ from .arguments import (
     signature,
 )
 from .errors import RuleError
-from .fingerprints import fingerprint
+from .fingerprints import Fingerprint
 from .formulas import GradientFormula, PenaltyFormula, ProximalFormula, fitting
 
 Via: TypeAlias = Literal["penalty", "gradient", "optimizer", "proximal"]
@@ -110,7 +110,7 @@ class Definition(Generic[P]):
         self.parameters = tuple(self._read_parameters())
         self._misfits: dict[tuple[object, ...], str | None] = {}
         self.__signature__ = signature(self.parameters, Effect)
-        self.fingerprint = ""
+        self.fingerprint = Fingerprint()
         self.register()
 
     def check(self, function: Callable[..., None]) -> Callable[..., None]:
@@ -174,7 +174,7 @@ class Definition(Generic[P]):
 
     def refresh(self) -> None:
         """Define operators anew if a function that the formula calls, or a constant that it reads, is another now."""
-        now = fingerprint(type(self).__name__, *self._meaning())
+        now = Fingerprint(type(self).__name__, *self._meaning())
         if now != self.fingerprint:
             self.fingerprint = now
             self._misfits.clear()
@@ -224,7 +224,7 @@ class Definition(Generic[P]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.refresh()
-        return (_registered, (self.name, self.fingerprint))
+        return (_registered, (self.name, str(self.fingerprint)))
 
 
 def _anchors(parameters: Iterable[Argument]) -> tuple[str, ...]:

@@ -38,12 +38,24 @@ _PROCESS = os.urandom(8).hex()
 _kept: dict[int, object] = {}
 
 
-def fingerprint(*meaning: object) -> str:
-    """A short hash of what some values mean, and of fxreg's own numerics; an identifier."""
-    found = _Meaning()
-    found.say(_numerics())
-    found.all_of(meaning)
-    return "x" + found.finished()[:8]
+class Fingerprint(str):
+    """A short hash of what some values mean, and of fxreg's own numerics: an identifier. It keeps the values, which may
+    come to mean something else."""
+
+    __slots__ = ("meaning",)
+    meaning: tuple[object, ...]
+
+    def __new__(cls, *meaning: object) -> "Fingerprint":
+        found = _Meaning()
+        found.say(_numerics())
+        found.all_of(meaning)
+        result = super().__new__(cls, "x" + found.finished()[:8])
+        result.meaning = meaning
+        return result
+
+    def now(self) -> "Fingerprint":
+        """That of the same values as they are now."""
+        return Fingerprint(*self.meaning)
 
 
 @functools.cache

@@ -14,10 +14,15 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active  # private: no public way to ask
+from torch._C import (  # private: no public way to ask, or to stop
+    DisableTorchFunction,
+    _are_functorch_transforms_active,
+    _DisableTorchDispatch,
+)
 from torch._C._dynamo.eval_frame import (  # private: torch.compiler.disable, without its import and its cost a call
     _FrameAction,
     _FrameExecStrategy,
@@ -26,12 +31,15 @@ from torch._C._dynamo.eval_frame import (  # private: torch.compiler.disable, wi
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch._guards import TracingContext  # private: what is being compiled
 
-from .fingerprints import fingerprint
+from .errors import RuleError
+from .fingerprints import Fingerprint
 
 NAMESPACE = "fxreg"
 _libraries: list[torch.library.Library] = []
-_implementations: dict[str, Callable[..., Any]] = {}
+_implementations: dict[str, tuple[Callable[..., Any], Fingerprint]] = {}
+_checked: "WeakKeyDictionary[TracingContext, set[str]]" = WeakKeyDictionary()
 
 Formula = Callable[[Tensor, Tensor, tuple[Tensor, ...], dict[str, Any]], Tensor]
 """What a backward pass computes: (incoming gradient, weight, live tensors, arguments) to the outgoing gradient."""
@@ -40,7 +48,7 @@ JointFormula = Callable[[list[Tensor], list[Tensor], tuple[Tensor, ...], dict[st
 """The same of several parameters at once."""
 
 
-def define(name: str, overload: str, schema: str, implementation: Callable[..., Any]) -> torch._ops.OpOverload:
+def define(name: str, overload: Fingerprint, schema: str, implementation: Callable[..., Any]) -> torch._ops.OpOverload:
     """Register `fxreg::name.overload`; under a known overload, only replace the implementation.
 
     Args:
@@ -48,7 +56,7 @@ def define(name: str, overload: str, schema: str, implementation: Callable[..., 
     """
     qualified = f"{name}.{overload}"
     known = qualified in _implementations
-    _implementations[qualified] = implementation
+    _implementations[qualified] = implementation, overload
     if not known:
         # A library each: overloads of one name in one library abort the interpreter when it deregisters them at exit.
         library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -64,11 +72,30 @@ def define(name: str, overload: str, schema: str, implementation: Callable[..., 
 
 
 def _run(qualified: str, *args: Any, **kwargs: Any) -> Any:
-    return _implementations[qualified](*args, **kwargs)
+    implementation, fingerprint = _implementations[qualified]
+    if (compilation := TracingContext.try_get()) is not None:
+        _check_is_current(qualified, fingerprint, compilation)
+    return implementation(*args, **kwargs)
 
 
 # An operator's body is one step. After a graph break Dynamo would otherwise trace into it, frame by frame.
 set_code_exec_strategy(_run.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
+def _check_is_current(qualified: str, fingerprint: Fingerprint, compilation: TracingContext) -> None:
+    """Raise where a helper's new code would be compiled, and kept on disk, under the name of the old; once for each
+    compilation, which may hold ten thousand sites."""
+    checked = _checked.setdefault(compilation, set())
+    if qualified in checked:
+        return
+    with temporarily_clear_interpreter_stack(), DisableTorchFunction(), _DisableTorchDispatch():
+        is_current = fingerprint == fingerprint.now()
+    if not is_current:
+        raise RuleError(
+            f"effect {qualified.partition('.')[0]!r}: a function that its formula calls, or a constant that it reads, "
+            "changed after the module was transformed. Transform the model again, and compile that."
+        )
+    checked.add(qualified)
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -291,6 +318,6 @@ def _total(penalties: Sequence[Tensor]) -> Tensor:
     return total
 
 
-attach = define("attach", fingerprint(), "(Tensor[] outputs, Tensor[] penalties, Tensor scale) -> Tensor[]", _attach)
-total = define("total", fingerprint(), "(Tensor[] penalties) -> Tensor", _total)
-drawn = define("drawn", fingerprint(), "(Tensor(a!) stream) -> Tensor", _drawn)
+attach = define("attach", Fingerprint(), "(Tensor[] outputs, Tensor[] penalties, Tensor scale) -> Tensor[]", _attach)
+total = define("total", Fingerprint(), "(Tensor[] penalties) -> Tensor", _total)
+drawn = define("drawn", Fingerprint(), "(Tensor(a!) stream) -> Tensor", _drawn)

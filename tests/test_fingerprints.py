@@ -18,10 +18,10 @@ from torch._inductor.utils import fresh_cache
 
 import fxreg
 from fxreg import operators, packages
-from fxreg.fingerprints import NUMERICS, fingerprint
+from fxreg.fingerprints import NUMERICS, Fingerprint
 from fxreg.packages import edition
 
-from .test_registry import EXAMPLES, WAYS, eager, loss_of, net
+from .test_registry import EXAMPLES, WAYS, aot_eager, eager, func_grad, loss_of, net
 
 FORMULA = """
 import fxreg, torch
@@ -31,6 +31,11 @@ from torch import Tensor
 def fingerprints_cell(weight: Tensor) -> Tensor:
     return {}
 """
+
+
+def compiled_grad(gm: nn.Module, x: torch.Tensor) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(func_grad, backend="aot_eager")(gm, x)
 
 
 @pytest.fixture
@@ -282,6 +287,52 @@ def test_a_transform_asks_once_what_an_effect_means(monkeypatch: pytest.MonkeyPa
     assert asked == ["l1"]
 
 
+def test_new_code_is_not_compiled_under_an_old_name(cell: types.ModuleType) -> None:
+    """It would be kept on disk, and served to whoever has the old code."""
+    run(cell, FORMULA.format("helper(weight)"))
+    run(cell, "def helper(w): return w.sum()")
+    model, x = net()
+    rule = fxreg.Rule(cell.fingerprints_cell(1.0), name="first", param="weight")
+    gm = fxreg.transform(model, rule)
+    run(cell, "def helper(w): return 3 * w.sum()")
+    with pytest.raises(Exception, match=r"'fingerprints_cell': a function that its formula calls, or a constant"):
+        aot_eager(gm, x)
+    plain = eager(model, x)["first.weight"]
+    for run_by, one in ((eager, gm), (aot_eager, fxreg.transform(model, rule))):
+        torch.testing.assert_close(run_by(one, x)["first.weight"] - plain, torch.full((4, 4), 3.0))
+
+
+COMPILED = {
+    "tensors": ("len(TABLE) * weight.sum()", "TABLE = [torch.ones(2), torch.nn.Parameter(torch.ones(2))]", 2),
+    "a log": ("2 * f(weight)", "LOG = []\ndef f(w): LOG.append(1); return w.sum()", 2),
+    "an object": ("K.by * weight.sum()", "from types import SimpleNamespace\nK = SimpleNamespace(by=2)", 2),
+}
+
+
+@pytest.mark.parametrize("context", [aot_eager, compiled_grad])
+@pytest.mark.parametrize("name", COMPILED)
+def test_what_has_not_changed_compiles(name: str, context: Any, cell: types.ModuleType) -> None:
+    formula, below, factor = COMPILED[name]
+    run(cell, FORMULA.format(formula))
+    run(cell, below)
+    model, x = net()
+    plain = eager(model, x)["first.weight"]
+    gm = fxreg.transform(model, fxreg.Rule(cell.fingerprints_cell(1.0), name="first", param="weight"))
+    eager(gm, x)
+    for _ in range(2):
+        torch.testing.assert_close(context(gm, x)["first.weight"] - plain, torch.full((4, 4), float(factor)))
+
+
+def test_an_emitted_module_compiles_after_its_formula_got_a_gradient(cell: types.ModuleType) -> None:
+    """Its operator goes on with the formula as it was."""
+    run(cell, FORMULA.format("weight.square().sum()"))
+    model, x = net()
+    gm = fxreg.transform(model, fxreg.Rule(cell.fingerprints_cell(1.0), param="weight"))
+    expected = eager(gm, x)["first.weight"]
+    run(cell, "@fingerprints_cell.gradient\ndef _(weight): return 7 * weight")
+    torch.testing.assert_close(aot_eager(gm, x)["first.weight"], expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("via", ["penalty", "gradient"])
 def test_inductor_compiles_anew_what_calls_another_helper(via: Any, cell: types.ModuleType) -> None:
@@ -456,6 +507,6 @@ def test_a_fingerprint_is_an_identifier_and_tells_kinds_apart() -> None:
         "",
         ("", ""),
     ]
-    found = {fingerprint(value) for value in values}
+    found = {Fingerprint(value) for value in values}
     assert len(found) == len(values)
     assert all(one.isidentifier() and len(one) == 9 for one in found)
