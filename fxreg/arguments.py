@@ -197,8 +197,3 @@ def _is_int(value: object) -> bool:
 
 def _is_float(value: object) -> bool:
     return (type(value) is float and not math.isnan(value)) or (type(value) is int and abs(value) < 2**1023)
-
-
-def as_given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """An operator's arguments as its formula takes them: the dispatcher turns tuples into lists."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}

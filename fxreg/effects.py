@@ -13,20 +13,10 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .arguments import (
-    Argument,
-    ByName,
-    are_equal,
-    as_given,
-    checked_strength,
-    coerced,
-    read_arguments,
-    schema,
-    signature,
-)
+from .arguments import Argument, ByName, are_equal, checked_strength, coerced, read_arguments, schema, signature
 from .errors import RuleError
 from .fingerprints import Fingerprint
-from .formulas import GradientFormula, PenaltyFormula, ProximalFormula, fitting
+from .formulas import GradientFormula, PenaltyFormula, ProximalFormula, as_given, fitting
 
 Via: TypeAlias = Literal["penalty", "gradient", "optimizer", "proximal"]
 P = ParamSpec("P")

@@ -233,3 +233,8 @@ def _alike(weight: Tensor, own: Tensor) -> Tensor:
         elif isinstance(own, DTensor) and not isinstance(weight, DTensor):
             own = own.full_tensor()
     return own.to(weight.device, weight.dtype)
+
+
+def as_given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """An operator's arguments as its formula takes them: the dispatcher turns tuples into lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}

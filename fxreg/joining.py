@@ -6,10 +6,10 @@ from typing import Any, Concatenate, ParamSpec
 from torch import Tensor
 
 from . import operators
-from .arguments import Argument, as_given
+from .arguments import Argument
 from .effects import Definition, Effect
 from .errors import RuleError
-from .formulas import JointFormula
+from .formulas import JointFormula, as_given
 
 P = ParamSpec("P")
 
