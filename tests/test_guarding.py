@@ -34,6 +34,10 @@ class Scale:
         return x * self.by
 
 
+class Bare:
+    pass
+
+
 class Doubling(Scale):
     def apply(self, x: Tensor) -> Tensor:
         return x * self.by * 2
@@ -169,15 +173,31 @@ INSIDE: dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any, Tensor], Any]]
     "deque": (lambda: deque([2.0]), lambda value: value.append(3.0), lambda value, x: x * len(value)),
     "set": (lambda: {2.0}, lambda value: value.add(3.0), lambda value, x: x * len(value)),
     "dict": (lambda: {"k": [2.0]}, lambda value: value["k"].__setitem__(0, 3.0), lambda value, x: x * value["k"][0]),
-    "order": (lambda: OrderedDict(a=2.0, b=3.0), lambda value: value.move_to_end("a"),
+    "order": (lambda: {"a": 2.0, "b": 3.0}, lambda value: value.update(a=value.pop("a")),
+              lambda value, x: x * next(iter(value.values()))),
+    "enum in a set": (lambda: {Mode.A, 2.0}, lambda value: (value.remove(Mode.A), value.add(Mode.B)),
+                      lambda value, x: x if Mode.A in value else -x),
+    "enum as a key": (lambda: {Mode.A: 2.0}, lambda value: value.update({Mode.A: 3.0}),
+                      lambda value, x: x * value[Mode.A]),
+    "another enum as a key": (lambda: {Mode.A: 2.0}, lambda value: (value.clear(), value.update({Mode.B: 2.0})),
+                              lambda value, x: x if Mode.A in value else -x),
+    "first attribute": (lambda: Bare(), lambda value: setattr(value, "of", 3.0),
+                        lambda value, x: x * getattr(value, "of", 1.0)),
+    "moved": (lambda: OrderedDict(a=2.0, b=3.0), lambda value: value.move_to_end("a"),
               lambda value, x: x * next(iter(value.values()))),
     "array": (lambda: np.ones(2), lambda value: value.__setitem__(0, 3.0), lambda value, x: x * float(value[0])),
+    "scalar": (lambda: [np.float64(2.0)], lambda value: value.__setitem__(0, np.float64(3.0)),
+               lambda value, x: x * value[0]),
+    "whole scalar": (lambda: [np.int64(2)], lambda value: value.__setitem__(0, np.int64(3)),
+                     lambda value, x: x * value[0].item()),
+    "not a number": (lambda: np.array([np.nan, 2.0]), lambda value: value.__setitem__(0, 3.0),
+                     lambda value, x: x * float(value[1])),
     "partial": (lambda: functools.partial(torch.mul, other=2.0), lambda value: value.keywords.update(other=3.0),
                 called),
     "closure": (rebinding, lambda value: value.rebind(3.0), called),
 }  # fmt: skip
-EAGER_ONLY = {"array", "order", "new attribute"}
-"""What compiled code does not compare."""
+EAGER_ONLY = {"moved"}
+"""What Dynamo does not notice in the model itself either."""
 
 
 @pytest.mark.parametrize(
@@ -191,11 +211,13 @@ def test_a_change_inside_a_value_is_noticed(name: str, is_compiled: bool) -> Non
     model = Layer(make(), use)
     gm = fxreg.transform(model, L1)
     assert not fxreg.explain(gm).opaque
-    run: Any = torch.compile(gm, backend="eager") if is_compiled else gm
+    # What fx does with an error at run time hides it from whoever wants the full graph.
+    is_asserted = name in ("array", "not a number", "scalar", "whole scalar")
+    run: Any = torch.compile(gm, backend="aot_eager", fullgraph=not is_asserted) if is_compiled else gm
     for _ in range(3):
         torch.testing.assert_close(run(ROW), model(ROW), rtol=0, atol=0)
     change(model.value)
-    with pytest.raises(Exception, match="the model changed since it was captured: it has another 'value'"):
+    with pytest.raises(Exception, match="the model changed since it was captured: (it has another|there are other v)"):
         run(ROW)
 
 
