@@ -3,7 +3,7 @@
 import contextvars
 import inspect
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +15,7 @@ from .deepening import deepen
 from .errors import CaptureError
 from .layers import whole_reason
 from .module import CHILD, RegularizedModule
+from .passing import Passing, can_tell
 from .proxies import TracedValue, Untraceable
 from .side_channels import has_hooks
 from .staleness import remember
@@ -70,7 +71,7 @@ def capture(
         CaptureError: examples that do not fit the forward's signature.
     """
     arguments = read_arguments(model, example_inputs)
-    captured = _symbolic(model, arguments, marked)
+    captured = replace(_symbolic(model, arguments, marked), passing=_passing(model, arguments))
     if example_inputs is None or not captured.opaque or whole_reason(model, runs=True) or has_hooks(model):
         return captured
     recorded = deepen(
@@ -97,6 +98,13 @@ def visible_layers(model: nn.Module, graph: fx.Graph) -> set[str]:
         if module._parameters
         and (path in called or any(id(p) in read for p in module._parameters.values() if p is not None))
     }
+
+
+def _passing(model: nn.Module, arguments: tuple["Argument", ...]) -> Passing:
+    given = [a for a in arguments if a.is_open and not a.name.startswith("*")]
+    stars = {a.name.count("*") for a in arguments if a.is_open and a.name.startswith("*")}
+    by_name = frozenset(a.name for a in given if not a.by_position)
+    return Passing(len(given) - len(by_name), by_name, 1 in stars, 2 in stars, can_tell(model))
 
 
 def _symbolic(model: nn.Module, arguments: tuple["Argument", ...], marked: Collection[str]) -> Captured:

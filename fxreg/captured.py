@@ -17,6 +17,7 @@ from torch._C import _are_functorch_transforms_active  # private: no public way 
 from .errors import CaptureError
 from .freezing import frozen
 from .graphs import as_function, read, written
+from .passing import Passing
 from .staleness import Remembered, check_guarded, check_unchanged
 from .structure import PLAIN, alike, likeness, tensors
 
@@ -34,6 +35,7 @@ class Captured:
         remembered: what the graph holds as it was, for `check_unchanged`.
         assumed: what must hold of a call for the graph to be right; nothing if None.
         otherwise: what is to be asked where that does not hold.
+        passing: how the forward's arguments are passed; known of the last of a chain.
     """
 
     graph: fx.Graph
@@ -41,6 +43,7 @@ class Captured:
     remembered: tuple[Remembered, ...] = ()
     assumed: "Assumed | None" = None
     otherwise: "Captured | None" = None
+    passing: Passing | None = None
 
     @property
     def chain(self) -> "tuple[Captured, ...]":

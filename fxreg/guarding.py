@@ -19,8 +19,8 @@ _CONTAINERS = (list, tuple, deque, set, frozenset, dict)
 def is_as_frozen(now: Any, then: Any, depth: int = _DEEP) -> bool:
     """Whether a value is as `freezing.frozen` found it, some levels down.
 
-    Of tensors and modules nothing is compared. What is in NumPy's arrays and scalars is a graph's input to Dynamo: no guard can see
-    it, so the graph itself asserts that it is the same.
+    Of tensors and modules nothing is compared. What is in NumPy's arrays and scalars is a graph's input to Dynamo: no
+    guard can see it, so the graph itself asserts that it is the same.
     """
     if isinstance(then, PLAIN):
         return type(now) is type(then) and bool(now == then)

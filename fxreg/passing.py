@@ -5,6 +5,7 @@ Wrappers around a root's forward can, and so can hooks and a `__call__` of its o
 
 import dis
 import inspect
+import itertools
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,6 @@ def _looks(function: Any) -> bool:
     instructions = [*dis.get_instructions(code)]
     return not open_names.isdisjoint(code.co_cellvars) or any(
         one.argval in open_names and not (one.opname == "LOAD_FAST" and after.opname in _PASS_ON)
-        for one, after in zip(instructions, instructions[1:], strict=False)
+        for one, after in itertools.pairwise(instructions)
         if isinstance(one.argval, str) and one.opname not in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_CONST")
     )

@@ -21,6 +21,9 @@ _DONE = 1_000_000
 def watch(gm: RegularizedModule) -> None:
     """Register the hooks that an emitted module needs."""
     state = state_of(gm)
+    passing = state.captured.chain[-1].passing
+    if passing is not None and (passing.is_told or state.captured.needs_model):  # elsewhere hooks are compared
+        gm.register_forward_pre_hook(_refuse_passed, with_kwargs=True)
     if state.captured.remembered:
         gm.register_forward_pre_hook(own(_refuse_changed))
     if state.unbound():
@@ -46,6 +49,13 @@ def _is_eager_training(module: nn.Module) -> bool:
         and module.training
         and not _are_functorch_transforms_active()
     )
+
+
+def _refuse_passed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    state = state_of(module)
+    passing = state.captured.chain[-1].passing
+    if passing is not None:
+        passing.check(state.model, args, kwargs)
 
 
 def _refuse_changed(module: nn.Module, args: Any) -> None:
