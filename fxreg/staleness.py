@@ -129,7 +129,7 @@ def _guarded_difference(module: nn.Module, then: Remembered, values: bool) -> st
                 for one, before in zip(now, hooks, strict=True):
                     if not is_as_frozen(one, before):
                         return "has other hooks"
-        if len(module._modules) != len(then.children):
+        if not _has_children(module, then.children):
             return "has other children"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
@@ -182,6 +182,18 @@ def _children(module: nn.Module) -> tuple[Any, ...]:
     """The names of a module's children, in order; of lists and dicts of modules, what is in them."""
     lists = (nn.ModuleList, nn.ModuleDict)
     return tuple([(n, _children(c)) if isinstance(c, lists) else n for n, c in module._modules.items()])
+
+
+def _has_children(module: nn.Module, then: tuple[Any, ...]) -> bool:
+    """Whether a module has as many children as `_children` found, and its lists and dicts of modules theirs."""
+    if len(module._modules) != len(then):
+        return False
+    for one in then:
+        if isinstance(one, tuple):
+            child = module._modules.get(one[0])
+            if child is None or not _has_children(child, one[1]):
+                return False
+    return True
 
 
 def _changed(path: tuple[str, ...], what: str) -> CaptureError:

@@ -55,7 +55,7 @@ def _refuse_passed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     state = state_of(module)
     passing = state.captured.chain[-1].passing
     if passing is not None:
-        passing.check(state.model, args, kwargs)
+        passing.check(None if state.is_island else state.model, args, kwargs)
 
 
 def _refuse_changed(module: nn.Module, args: Any) -> None:

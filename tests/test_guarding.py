@@ -243,3 +243,30 @@ def test_a_recording_gives_way_to_another_hook(is_compiled: bool) -> None:
     handle.remove()
     model.first.register_forward_hook(lambda module, args, output: output * 3)
     torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
+
+
+class Listed(nn.Module):
+    """What it holds comes and goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+        self.named = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(4, 4)])})
+
+    def forward(self, x: Tensor) -> Any:
+        for block in (*self.blocks, *self.named["a"]):  # type: ignore[misc]
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("which", [lambda model: model.blocks, lambda model: model.named["a"]])
+def test_another_module_in_a_list_is_noticed(which: Any, is_compiled: bool) -> None:
+    torch.compiler.reset()
+    model = Listed()
+    gm = fxreg.transform(model, L1)
+    run: Any = torch.compile(gm, backend="eager", fullgraph=True) if is_compiled else gm
+    torch.testing.assert_close(run(ROW), model(ROW), rtol=0, atol=0)
+    which(model).append(nn.Tanh())
+    with pytest.raises(Exception, match="has other children"):
+        run(ROW)
