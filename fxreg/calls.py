@@ -133,17 +133,24 @@ def attach(output: Any, penalties: list[Tensor], scale: Tensor) -> Any:
     """The output, unchanged; the backward pass through any of its tensors also reaches the penalties, once."""
     if apart.zero is not None or not torch.is_grad_enabled() or not any(penalty.requires_grad for penalty in penalties):
         return output
-    live: dict[int, Tensor] = {}
+    live: list[Tensor] = []  # compared one by one: Dynamo either refuses an id or compiles anew for each
     for tensor in tensors(output):
-        if tensor.requires_grad:
-            live.setdefault(id(tensor), tensor)
+        if tensor.requires_grad and not any(tensor is one for one in live):
+            live.append(tensor)
     if not live:
         raise FxregError(
             f"emit='backward': the model returned {type(output).__name__} without a differentiable tensor, so the "
             "penalties' gradient has no way back. Call it under torch.no_grad(), or use emit='output'."
         )
-    attached = dict(zip(live, _attach_operator(list(live.values()), penalties, scale), strict=True))
-    return map_tensors(lambda tensor: attached.get(id(tensor), tensor), output)
+    attached: list[Tensor] = _attach_operator(live, penalties, scale)
+
+    def replaced(tensor: Tensor) -> Tensor:
+        for old, new in zip(live, attached, strict=True):
+            if old is tensor:
+                return new
+        return tensor
+
+    return map_tensors(replaced, output)
 
 
 def add_to_loss(output: Any, penalty: Tensor, training: bool) -> Any:

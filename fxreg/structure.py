@@ -44,8 +44,6 @@ class _Mapping:
     done: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     def of(self, value: Any) -> Any:
-        if id(value) in self.done:
-            return self.done[id(value)]
         if isinstance(value, Tensor):
             return self.function(value)
         if isinstance(value, _INERT):
@@ -53,6 +51,8 @@ class _Mapping:
         if not pytree.tree_is_leaf(value):
             children, spec = pytree.tree_flatten(value, is_leaf=lambda child: child is not value)
             return pytree.tree_unflatten([self.of(child) for child in children], spec)
+        if id(value) in self.done:
+            return self.done[id(value)]
         if is_record(value):
             return self._record(value)
         if _holds_none_of((Tensor,), value):

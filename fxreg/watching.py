@@ -23,7 +23,7 @@ def watch(gm: RegularizedModule) -> None:
     state = state_of(gm)
     passing = state.captured.chain[-1].passing
     if passing is not None and (passing.is_told or state.captured.needs_model):  # elsewhere hooks are compared
-        gm.register_forward_pre_hook(_refuse_passed, with_kwargs=True)
+        gm.register_forward_pre_hook(own(_refuse_passed), with_kwargs=True)
     if state.captured.remembered:
         gm.register_forward_pre_hook(own(_refuse_changed))
     if state.unbound():
