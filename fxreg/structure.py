@@ -49,7 +49,8 @@ class _Mapping:
         if isinstance(value, _INERT):
             return value
         if not pytree.tree_is_leaf(value):
-            children, spec = pytree.tree_flatten(value, is_leaf=lambda child: child is not value)
+            at_top = [True]  # asked first; Dynamo does not compare dicts by identity
+            children, spec = pytree.tree_flatten(value, is_leaf=lambda _: not (at_top and at_top.pop()))
             return pytree.tree_unflatten([self.of(child) for child in children], spec)
         if id(value) in self.done:
             return self.done[id(value)]
