@@ -89,6 +89,7 @@ def test_lasso(alpha: float, momentum: float, steps: int, compiled: bool) -> Non
     assert_is(model, theirs.fit(x.numpy(), y.numpy().ravel()).coef_)
 
 
+@pytest.mark.slow
 def test_a_path_of_lassos_along_a_schedule_of_strengths() -> None:
     """One module, warm from one strength to the next, as scikit-learn's path is."""
     x, y = diabetes()
@@ -118,6 +119,7 @@ def test_elastic_net(compiled: bool) -> None:
     assert_is(model, theirs.fit(x.numpy(), y.numpy().ravel()).coef_)
 
 
+@pytest.mark.slow
 def test_elastic_net_of_two_rules_with_its_l2_in_the_graph() -> None:
     x, y = diabetes()
     model = linear(x, y)
@@ -138,6 +140,7 @@ def test_multi_task_lasso_is_a_group_of_each_input(compiled: bool) -> None:
     assert 0 < int((model.weight == 0).all(0).sum()) < x.shape[1]
 
 
+@pytest.mark.slow
 def test_non_negative_least_squares() -> None:
     x, y = diabetes()
     model = linear(x, y)

@@ -309,6 +309,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [aot_eager, compiled_grad])
 @pytest.mark.parametrize("name", COMPILED)
 def test_what_has_not_changed_compiles(name: str, context: Any, cell: types.ModuleType) -> None:
@@ -462,6 +463,7 @@ def test_every_operator_has_the_numerics_in_its_name(tmp_path: Path) -> None:
     assert not {*other} & {*own}
 
 
+@pytest.mark.slow
 def test_what_runs_inside_operators_is_in_their_names() -> None:
     """Of every effect, forward and backward: whatever is called from the file that has them all."""
     package, found = Path(operators.__file__).parent, set[str]()
