@@ -344,6 +344,33 @@ def test_every_operator_takes_twenty_steps_here() -> None:
     assert {"l1", *OTHERS} == {*CONVEX, *NONCONVEX}
 
 
+FISHER = {name: weight.detach().sin().square() for name, weight in make().named_parameters() if weight.ndim == 2}
+
+
+@pytest.mark.parametrize(
+    ("effect", "fisher"),
+    [(fxreg.l2_sp(LAM), {name: torch.ones_like(f) for name, f in FISHER.items()}), (fxreg.ewc(LAM, FISHER), FISHER)],
+    ids=["l2_sp", "ewc"],
+)
+def test_effects_with_anchors_over_twenty_steps(effect: Any, fisher: dict[str, Tensor]) -> None:
+    reference, (model, gm) = make(), regularized(effect)
+    start = {w.shape: (w.detach().clone(), fisher[n]) for n, w in reference.named_parameters() if n in fisher}
+
+    def prox(w: Tensor, lr: float) -> Tensor:
+        anchor, f = start[w.shape]
+        return (w + 2 * lr * LAM * f * anchor) / (1 + 2 * lr * LAM * f)
+
+    optimizer = optim.SGD(reference.parameters(), lr=0.1)
+    train(reference, optimizer, after=by_hand(reference, prox, optimizer))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    fxreg.ProximalStep(optimizer, gm)
+    train(gm, optimizer)
+    assert_same(model, reference)
+    plain = make()
+    train(plain, optim.SGD(plain.parameters(), lr=0.1))
+    assert (plain[0].weight - model[0].weight).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(("effect", "prox"), OTHERS.values(), ids=OTHERS)
 def test_other_effects_over_twenty_steps(effect: Any, prox: Any) -> None:
     reference, (model, gm) = make(), regularized(effect)
