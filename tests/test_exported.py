@@ -109,8 +109,10 @@ def test_a_region_without_grad_and_one_with_autocast_stay_what_they_are(again: C
     gm = fxreg.transform(export(model, (X,)), [term.rule for term in terms], example_inputs=(X,))
     emitted = again(gm)
     names = [name for name, _ in gm.named_parameters()]
-    actual = dict(zip(names, run(emitted, (X,)).values(), strict=True))
-    assert_same(actual, expected(twin(model), (X,), terms), 1e-5)
+    found = run(emitted, (X,))
+    if found.keys() != set(names):  # torch.compile's and torch.export's, in the same order; a re-trace has another one
+        found = dict(zip(names, found.values(), strict=True))
+    assert_same(found, expected(twin(model), (X,), terms), 1e-5)
     assert sites(export(model, (X,)), layer=nn.Linear) == names  # `b` and `d` run inside regions only
 
 
