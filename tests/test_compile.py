@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxreg
 
+from .marks import slow_but
 from .models import CASES, MLP, build
 from .reference import assert_same, by_hand, objective, twin
 from .test_contexts import EMITS, LOWERINGS, Cell, _compiles_whole, gradients_of, loss_of, terms_of
@@ -116,7 +117,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("is_pickled", [False, True])
+@pytest.mark.parametrize("is_pickled", slow_but([True], [False, True]))
 @pytest.mark.parametrize("rule", [fxreg.Rule(fxreg.l1(0.1)), fxreg.Rule(fxreg.l1(0.1), via="proximal")])
 def test_a_process_compiles_more_modules_than_one_function_may_be_compiled_for(
     rule: fxreg.Rule, is_pickled: bool

@@ -17,6 +17,8 @@ from torch import Tensor, nn, optim
 
 import fxreg
 
+from .marks import slow_but
+
 Loss = Callable[[Tensor], Tensor]
 
 
@@ -169,7 +171,7 @@ def test_logistic_regression_with_l1(solver: str, compiled: bool) -> None:
     assert model.bias.item() == pytest.approx(float(theirs.intercept_[0]), abs=1e-6)
 
 
-@pytest.mark.parametrize("via", ["penalty", "gradient", "optimizer", "proximal"])
+@pytest.mark.parametrize("via", slow_but(["optimizer"], ["penalty", "gradient", "optimizer", "proximal"]))
 def test_ridge_by_every_lowering(via: Any) -> None:
     x, y = diabetes()
     alpha = 40.0

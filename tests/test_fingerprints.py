@@ -287,6 +287,7 @@ def test_a_transform_asks_once_what_an_effect_means(monkeypatch: pytest.MonkeyPa
     assert asked == ["l1"]
 
 
+@pytest.mark.slow
 def test_new_code_is_not_compiled_under_an_old_name(cell: types.ModuleType) -> None:
     """It would be kept on disk, and served to whoever has the old code."""
     run(cell, FORMULA.format("helper(weight)"))
@@ -324,6 +325,7 @@ def test_what_has_not_changed_compiles(name: str, context: Any, cell: types.Modu
         torch.testing.assert_close(context(gm, x)["first.weight"] - plain, torch.full((4, 4), float(factor)))
 
 
+@pytest.mark.slow
 def test_an_emitted_module_compiles_after_its_formula_got_a_gradient(cell: types.ModuleType) -> None:
     """Its operator goes on with the formula as it was."""
     run(cell, FORMULA.format("weight.square().sum()"))
