@@ -157,7 +157,7 @@ def leading(optimizer: torch.optim.Optimizer) -> list[ProximalStep]:
     found = []
     for hook in optimizer._optimizer_step_post_hooks.values():
         owner = getattr(hook, "__self__", None)
-        if not isinstance(owner, ProximalStep):
+        if type(owner) is not ProximalStep:  # a subclass may do something else
             break
         found.append(owner)
     return found

@@ -853,3 +853,20 @@ def test_keyword_arguments_come_in_any_order(names: str) -> None:
     for order in itertools.permutations(names):
         call = {name: ROW * number for number, name in enumerate(order, start=1)}
         assert torch.equal(gm(**call), model(**call))
+
+
+@pytest.mark.parametrize("via", ["penalty", "gradient"])
+def test_a_graph_that_switches_gradients_off_around_a_first_use_trains_by_the_later_one(via: Any) -> None:
+    root, graph = nn.ModuleDict({"linear": nn.Linear(4, 4)}), fx.Graph()
+    x = graph.placeholder("x")
+    graph.call_function(torch._C._set_grad_enabled, (False,))
+    held = graph.call_module("linear", (x,))
+    graph.call_function(torch._C._set_grad_enabled, (True,))
+    graph.output(graph.call_function(torch.mul, (held, graph.call_module("linear", (x,)))))
+    model = fx.GraphModule(root, graph)
+    inputs = torch.randn(3, 4)
+    weight = model.linear.weight
+    (expected,) = torch.autograd.grad(model(inputs).sum() + 0.3 * weight.abs().sum(), weight)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.3), param="weight", via=via), example_inputs=(inputs,))
+    (found,) = torch.autograd.grad(gm(inputs).sum(), weight)
+    torch.testing.assert_close(found, expected)

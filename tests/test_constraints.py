@@ -300,7 +300,7 @@ def _limited(v: Array, limit: float) -> Array:
     return v * min(1.0, limit / float(np.linalg.norm(v)))
 
 
-def _shifted(v: Array, total: float) -> Array:
+def shifted(v: Array, total: float) -> Array:
     """max(v − θ, 0) of that sum, with the θ that bisection finds."""
     low, high = float(v.min()) - total, float(v.max())
     for _ in range(100):
@@ -324,10 +324,10 @@ BY_HAND: dict[str, tuple[Any, bool, Callable[[Array], Array]]] = {
         fxreg.min_max_norm(low=0.5, high=0.6), True,
         lambda v: v / np.linalg.norm(v) * min(max(float(np.linalg.norm(v)), 0.5), 0.6),
     ),
-    "simplex": (fxreg.simplex(total=1.5, dim=0), True, lambda v: _shifted(v, 1.5)),
+    "simplex": (fxreg.simplex(total=1.5, dim=0), True, lambda v: shifted(v, 1.5)),
     "l1_ball": (
         fxreg.l1_ball(0.5), False,
-        lambda v: np.sign(v) * _shifted(np.abs(v), 0.5) if np.abs(v).sum() > 0.5 else v,
+        lambda v: np.sign(v) * shifted(np.abs(v), 0.5) if np.abs(v).sum() > 0.5 else v,
     ),
     "l2_ball": (fxreg.l2_ball(0.5), False, lambda v: _limited(v, 0.5)),
     "n_m_sparsity": (fxreg.n_m_sparsity(2, 4), True, _sparse),

@@ -12,6 +12,7 @@ from torch import Tensor, nn, optim
 
 import fxreg
 
+from .test_constraints import shifted
 from .test_effects import gradient_of, penalty_of
 from .test_proximal import draw_weight, moved
 
@@ -155,17 +156,8 @@ def test_other_proximal_steps_are_those_of_each_group(case: str) -> None:
 # Constraints: the projection of one group.
 
 
-def _shifted(sizes: Array, total: float) -> Array:
-    """max(sizes − θ, 0) of a sum, by bisection."""
-    low, high = float(sizes.min()) - total, float(sizes.max())
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.maximum(sizes - middle, 0).sum() > total else (low, middle)
-    return np.maximum(sizes - low, 0)
-
-
 def _in_l1_ball(v: Array) -> Array:
-    return np.sign(v) * _shifted(np.abs(v), 1.5) if np.abs(v).sum() > 1.5 else v
+    return np.sign(v) * shifted(np.abs(v), 1.5) if np.abs(v).sum() > 1.5 else v
 
 
 CONSTRAINTS: dict[str, tuple[Callable[..., Any], Callable[[Array], Array]]] = {
@@ -175,7 +167,7 @@ CONSTRAINTS: dict[str, tuple[Callable[..., Any], Callable[[Array], Array]]] = {
         lambda **k: fxreg.min_max_norm(low=1.0, high=2.5, rate=0.3, **k),
         lambda v: direction(v) * (0.3 * min(max(length(v), 1.0), 2.5) + 0.7 * length(v)),
     ),
-    "simplex": (lambda **k: fxreg.simplex(total=2.0, **k), lambda v: _shifted(v, 2.0)),
+    "simplex": (lambda **k: fxreg.simplex(total=2.0, **k), lambda v: shifted(v, 2.0)),
     "l1_ball": (lambda **k: fxreg.l1_ball(1.5, **k), _in_l1_ball),
     "l2_ball": (lambda **k: fxreg.l2_ball(1.5, **k), lambda v: direction(v) * min(1.5, length(v))),
 }

@@ -339,6 +339,19 @@ OTHERS: dict[str, tuple[Any, Callable[[Tensor, float], Tensor]]] = {
 }
 
 
+def assert_steps_are(effect: Any, prox: Callable[[Tensor, float], Tensor]) -> None:
+    """Twenty steps of SGD end where those with the operator by hand do, and not where those without it do."""
+    reference, plain, (model, gm) = make(), make(), regularized(effect)
+    optimizer = optim.SGD(reference.parameters(), lr=0.1)
+    train(reference, optimizer, after=by_hand(reference, prox, optimizer))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    fxreg.ProximalStep(optimizer, gm)
+    train(gm, optimizer)
+    assert_same(model, reference)
+    train(plain, optim.SGD(plain.parameters(), lr=0.1))
+    assert (plain[0].weight - model[0].weight).abs().max() > 1e-3
+
+
 def test_every_operator_takes_twenty_steps_here() -> None:
     """Those of anchors have a test of their own."""
     assert {"l1", *OTHERS} == {*CONVEX, *NONCONVEX}
@@ -353,36 +366,18 @@ FISHER = {name: weight.detach().sin().square() for name, weight in make().named_
     ids=["l2_sp", "ewc"],
 )
 def test_effects_with_anchors_over_twenty_steps(effect: Any, fisher: dict[str, Tensor]) -> None:
-    reference, (model, gm) = make(), regularized(effect)
-    start = {w.shape: (w.detach().clone(), fisher[n]) for n, w in reference.named_parameters() if n in fisher}
+    start = {w.shape: (w.detach(), fisher[n]) for n, w in make().named_parameters() if n in fisher}
 
     def prox(w: Tensor, lr: float) -> Tensor:
         anchor, f = start[w.shape]
         return (w + 2 * lr * LAM * f * anchor) / (1 + 2 * lr * LAM * f)
 
-    optimizer = optim.SGD(reference.parameters(), lr=0.1)
-    train(reference, optimizer, after=by_hand(reference, prox, optimizer))
-    optimizer = optim.SGD(model.parameters(), lr=0.1)
-    fxreg.ProximalStep(optimizer, gm)
-    train(gm, optimizer)
-    assert_same(model, reference)
-    plain = make()
-    train(plain, optim.SGD(plain.parameters(), lr=0.1))
-    assert (plain[0].weight - model[0].weight).abs().max() > 1e-3
+    assert_steps_are(effect, prox)
 
 
 @pytest.mark.parametrize(("effect", "prox"), OTHERS.values(), ids=OTHERS)
 def test_other_effects_over_twenty_steps(effect: Any, prox: Any) -> None:
-    reference, (model, gm) = make(), regularized(effect)
-    optimizer = optim.SGD(reference.parameters(), lr=0.1)
-    train(reference, optimizer, after=by_hand(reference, prox, optimizer))
-    optimizer = optim.SGD(model.parameters(), lr=0.1)
-    fxreg.ProximalStep(optimizer, gm)
-    train(gm, optimizer)
-    assert_same(model, reference)
-    plain = make()
-    train(plain, optim.SGD(plain.parameters(), lr=0.1))
-    assert (plain[0].weight - model[0].weight).abs().max() > 1e-3
+    assert_steps_are(effect, prox)
 
 
 def test_zeros_are_exact_and_stay_while_the_penalty_in_the_graph_has_none() -> None:
