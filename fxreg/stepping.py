@@ -76,7 +76,16 @@ def train_step(
             f"train_step: torch {torch.__version__} has no torch._dynamo.config.trace_autograd_ops, which puts a "
             "backward pass into a graph. Use a later torch, or the ordinary loop with torch.compile(gm)."
         )
-    return TrainStep(emitted(gm), loss_fn, optimizer, backend=backend, mode=mode, dynamic=dynamic)
+    return TrainStep(emitted(gm), loss_fn, optimizer, dynamic=dynamic, **_compiler(backend, mode))
+
+
+def _compiler(backend: str | Callable[..., Any], mode: str | None) -> dict[str, Any]:
+    """The arguments of `torch.compile` that say who compiles, and how."""
+    if backend != "inductor":
+        return {"backend": backend, "mode": mode}
+    from .layout import inductor_options  # imports Inductor, which takes as long as torch itself
+
+    return {"backend": backend, "options": inductor_options(mode)}
 
 
 class TrainStep:
