@@ -329,7 +329,7 @@ class Penalty(Definition[P]):
 
         def pull(grad: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
             scale, *strengths = tensors
-            seed = scale.reshape(()).to(grad)
+            seed = operators.scalar(scale).to(grad)
             return formula.added(grad, seed, weight, _named(names, strengths), arguments)
 
         self.operator = operators.define(

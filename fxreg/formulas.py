@@ -44,9 +44,9 @@ class PenaltyFormula:
 
     def value(self, weight: Tensor, strengths: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tensor:
         """s·R(w) as a 0-d tensor: autocast off, 16-bit weights in float32."""
-        wide = weight.to(operators.accumulation_dtype(weight.dtype))
+        wide = operators.cast(weight, operators.accumulation_dtype(weight.dtype))
         factor, found = self._parts(self.function, wide, None, strengths, arguments)
-        return (found if factor is None else factor * found).to(wide.dtype)
+        return operators.cast(found if factor is None else factor * found, wide.dtype)
 
     def gradient(
         self, seed: Tensor, weight: Tensor, strengths: Mapping[str, Tensor], arguments: Mapping[str, Any]
@@ -54,7 +54,7 @@ class PenaltyFormula:
         """seed · s · dR/dw from the closed form."""
         factor, found = self._parts(self.closed_form, weight, seed, strengths, arguments)
         assert factor is not None
-        found = (factor * found).to(weight.dtype)
+        found = operators.cast(factor * found, weight.dtype)
         placements = getattr(weight, "placements", None)
         if placements is not None and placements != getattr(found, "placements", None):
             sharded: Any = found  # another way than the weight, whose gradient is expected its way
@@ -90,7 +90,7 @@ class PenaltyFormula:
         Strengths stay in float64 and only the product is cast: float32(1e-4) is off by 2.5e-8.
         """
         assert function is not None
-        live = {name: strength.reshape(()).to(weight.device) for name, strength in strengths.items()}
+        live = {name: operators.scalar(strength).to(weight.device) for name, strength in strengths.items()}
         factor = live.pop("strength") if self.implicit else None
         if seed is not None:
             factor = seed if factor is None else _kept(seed * factor)
@@ -114,10 +114,10 @@ class GradientFormula:
         arguments: Mapping[str, Any],
     ) -> Tensor:
         """scale · f(grad / scale); with scale ≠ 1 a gradient that is not finite passes unchanged."""
-        factor = scale.reshape(()).to(grad)
+        factor = operators.scalar(scale).to(grad)
         cast = _beside(weight, arguments, self.anchors)
         for name, tensor in live.items():
-            cast[name] = tensor.reshape(()).to(grad) if tensor.is_floating_point() else tensor.to(grad.device)
+            cast[name] = operators.scalar(tensor).to(grad) if tensor.is_floating_point() else tensor.to(grad.device)
         with operators.without_autocast(grad.device):
             result = self.function(grad / factor, weight, **cast) * factor
             if result.shape != grad.shape:
@@ -142,8 +142,8 @@ class JointFormula:
         """scale · f(grads / scale); with scale ≠ 1 gradients pass unchanged if one of them is not finite."""
         device, wide = grads[0].device, functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
         named = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
-        named |= {name: tensor.reshape(()).to(device, wide) for name, tensor in live.items()}
-        factors = [scale.reshape(()).to(grad) for grad in grads]
+        named |= {name: operators.scalar(tensor).to(device, wide) for name, tensor in live.items()}
+        factors = [operators.scalar(scale).to(grad) for grad in grads]
         with contextlib.ExitStack() as stack:
             for one in {grad.device for grad in grads}:
                 stack.enter_context(operators.without_autocast(one))
@@ -186,7 +186,7 @@ class ProximalFormula:
         """The new weights, of those of one device and dtype: autocast off, 16-bit ones in float32."""
         device = weights[0].device
         wide = [weight.to(operators.accumulation_dtype(weight.dtype)) for weight in weights]
-        live = {name: strength.reshape(()).to(device) for name, strength in strengths.items()}
+        live = {name: operators.scalar(strength).to(device) for name, strength in strengths.items()}
         named = _beside(wide[0], arguments, self.anchors)
         steps: list[Tensor] = []
         if self.implicit is not None:

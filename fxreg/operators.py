@@ -30,7 +30,7 @@ from torch._C._dynamo.eval_frame import (  # private: torch.compiler.disable, wi
 )
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch._guards import TracingContext  # private: what is being compiled
 
 from .errors import RuleError
@@ -99,17 +99,30 @@ def _check_is_current(qualified: str, fingerprint: Fingerprint, compilation: Tra
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    # A composite kernel already runs inside one functorch level: dispatching the Function through functorch again
-    # would apply it at the wrong one.
+    # Not by its own `apply`: that binds arguments to a signature, a quarter of what a site costs in eager mode, and a
+    # composite kernel already runs inside one functorch level, so that functorch would apply it at the wrong one.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     if _are_functorch_transforms_active():
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-    return function.apply(*args)  # type: ignore[no-untyped-call]
+            return apply(*args)
+    return apply(*unwrap_dead_wrappers(args))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a tensor of `dtype` is penalized: 16-bit ones accumulate in float32."""
     return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+# Eager mode pays for each call at every site, also for one that gives back what it was given: asked first, it costs a
+# tenth.
+def scalar(tensor: Tensor) -> Tensor:
+    """A tensor of one element as a 0-d one."""
+    return tensor if tensor.ndim == 0 else tensor.reshape(())
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same numbers in `dtype`."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -119,7 +132,7 @@ def _has_autocast(device_type: str) -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which autocast is off for a device."""
-    if _has_autocast(device.type):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -192,8 +205,8 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:
         weight, *tensors = ctx.saved_tensors
-        wide = weight.detach().to(accumulation_dtype(weight.dtype))
-        gradient = ctx.formula(seed, wide, tuple(tensors), ctx.arguments).to(weight.dtype)
+        wide = cast(weight.detach(), accumulation_dtype(weight.dtype))
+        gradient = cast(ctx.formula(seed, wide, tuple(tensors), ctx.arguments), weight.dtype)
         return (None, None, gradient, *(None for _ in tensors))
 
     @staticmethod
@@ -222,8 +235,8 @@ class _Pulled(torch.autograd.Function):
         if grad is not None:
             grad = grad.to_dense() if grad.is_sparse else grad
             wide = accumulation_dtype(weight.dtype)
-            pulled = ctx.formula(grad.to(wide), weight.detach().to(wide), tuple(tensors), ctx.arguments)
-            grad = pulled.to(weight.dtype)
+            pulled = ctx.formula(cast(grad, wide), cast(weight.detach(), wide), tuple(tensors), ctx.arguments)
+            grad = cast(pulled, weight.dtype)
         return (None, None, grad, *(None for _ in tensors))
 
     @staticmethod

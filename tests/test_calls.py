@@ -1,0 +1,95 @@
+"""A layer that is called with stand-ins for its parameters computes with them, and keeps its own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fxreg
+from fxreg import calls
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "linear": (lambda: nn.Linear(3, 2), torch.randn(4, 3)),
+    "convolution": (lambda: nn.Conv2d(3, 2, 3, bias=False), torch.randn(4, 3, 5, 5)),
+    "norm": (lambda: nn.BatchNorm1d(3), torch.randn(4, 3)),
+    "embedding": (lambda: nn.Embedding(5, 3), torch.tensor([0, 2, 2])),
+    "recurrent": (lambda: nn.GRU(3, 2), torch.randn(4, 2, 3)),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), torch.randn(3, 2, 4)),
+}
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_stand_ins_are_what_the_layer_computes_with(name: str) -> None:
+    make, batch = LAYERS[name]
+    layer = make()
+    own = dict(layer.named_parameters())
+    stand_ins = {name: torch.randn_like(parameter) for name, parameter in own.items()}
+    expected = first(torch.func.functional_call(make(), stand_ins, (batch,)))
+    torch.testing.assert_close(first(calls.call_with(layer, stand_ins, (batch,), {})), expected, rtol=0, atol=0)
+    assert {name: id(parameter) for name, parameter in layer.named_parameters()} == {n: id(p) for n, p in own.items()}
+    assert list(layer.state_dict()) == list(make().state_dict())
+    if isinstance(layer, nn.GRU):
+        assert layer._flat_weights[0] is layer.weight_ih_l0
+
+
+def test_a_parameter_under_two_names_is_one() -> None:
+    layer = nn.Bilinear(3, 3, 1, bias=False)
+    layer.register_parameter("again", layer.weight)
+    seen = []
+    layer.register_forward_pre_hook(lambda own, args: seen.append((own.weight, own.again)))
+    other = torch.randn_like(layer.weight)
+    for hooked in (True, False):
+        if not hooked:
+            layer._forward_pre_hooks.clear()
+            layer.bilinear = nn.functional.bilinear
+        calls.call_with(layer, {"again": other}, (torch.randn(4, 3), torch.randn(4, 3)), {})
+        assert layer.weight is layer.again is not other
+    assert seen == [(other, other)]
+    expected = nn.functional.bilinear(torch.ones(1, 3), torch.ones(1, 3), other)
+    assert calls.call_with(layer, {"again": other}, (torch.ones(1, 3), torch.ones(1, 3)), {}) == expected
+
+
+def test_a_layer_that_fails_keeps_its_parameters() -> None:
+    layer = nn.Linear(3, 2)
+    own = layer.weight
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        calls.call_with(layer, {"weight": torch.randn(2, 3)}, (torch.randn(4, 5),), {})
+    assert layer.weight is own
+
+
+def regularized(layer: nn.Module) -> nn.Module:
+    return fxreg.transform(nn.Sequential(layer), [fxreg.Rule(fxreg.l1(0.1), via="gradient")])
+
+
+def test_what_only_others_code_can_do_is_still_refused() -> None:
+    """Hooks, and a forward of the instance's own, may hold a checkpoint that would bypass the rule."""
+    batch = torch.randn(4, 3, requires_grad=True)
+    forward = nn.Linear.forward
+
+    def checkpointed(own: nn.Linear, args: Any, output: Tensor) -> Any:
+        return checkpoint(lambda batch: forward(own, batch), args[0], use_reentrant=True)
+
+    hooked = nn.Linear(3, 2)
+    hooked.register_forward_hook(checkpointed)
+    patched = nn.Linear(3, 2)
+    patched.forward = lambda batch: checkpointed(patched, (batch,), batch)  # type: ignore[method-assign]
+    for layer in (hooked, patched):
+        with pytest.raises(fxreg.CaptureError, match="reentrant checkpoint"):
+            regularized(layer)(batch)
+    parent = nn.Sequential(hooked)
+    parent.register_parameter("extra", nn.Parameter(torch.ones(())))
+    with pytest.raises(fxreg.CaptureError, match="reentrant checkpoint"):
+        calls.call_with(parent, {"extra": torch.ones(())}, (batch,), {})
+
+
+def test_an_embedding_that_writes_its_weight_is_refused() -> None:
+    gm = regularized(nn.Embedding(5, 3, max_norm=0.1))
+    with pytest.raises(fxreg.CaptureError, match="changes a parameter in place"):
+        gm(torch.tensor([0, 1]))
