@@ -3,11 +3,13 @@
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from .hearing import meeting
 
 lock = threading.RLock()
 """Whoever patches a class holds it."""
@@ -22,8 +24,9 @@ def intercepted(tracer: Any) -> Iterator[None]:
     The patches sit on classes and so are seen by every thread; each passes other threads through untouched. One trace
     at a time.
     """
-    with lock, torch.enable_grad():
-        patches = [*_on_modules(tracer), *_on_questions(tracer)]
+    called: list[nn.Module] = [tracer.root]
+    with lock, torch.enable_grad(), _meeting_marked(tracer, called):
+        patches = [*_on_modules(tracer, called), *_on_questions(tracer)]
         originals = [(owner, name, vars(owner).get(name)) for owner, name, _ in patches]
         try:
             for owner, name, replacement in patches:
@@ -65,7 +68,17 @@ def _ours(tracer: Any) -> bool:
     return bool(threading.get_ident() == tracer.thread)
 
 
-def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
+def _meeting_marked(tracer: Any, called: list[nn.Module]) -> AbstractContextManager[None]:
+    """Give up where the forward of a module whose activations are to be marked runs without a call of the module."""
+
+    def meets(module: nn.Module) -> None:
+        if _ours(tracer) and called[-1] is not module:
+            tracer.give_up(f"runs the forward of a {type(module).__name__} without a call of it")
+
+    return meeting([tracer.root.get_submodule(path) for path in tracer.marked], meets)
+
+
+def _on_modules(tracer: Any, called: list[nn.Module]) -> list[tuple[Any, str, Any]]:
     """What replaces the methods of nn.Module."""
     module_call, module_getattr, module_setattr = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__setattr__
     plain_read = object.__getattribute__
@@ -73,7 +86,11 @@ def _on_modules(tracer: Any) -> list[tuple[Any, str, Any]]:
     def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if not _ours(tracer):
             return module_call(module, *args, **kwargs)
-        return tracer.call_submodule(module, module.forward, args, kwargs)
+        called.append(module)
+        try:
+            return tracer.call_submodule(module, module.forward, args, kwargs)
+        finally:
+            called.pop()
 
     def read_plain(module: nn.Module, name: str) -> Any:
         value = plain_read(module, name)

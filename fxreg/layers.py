@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as module_globals
 
+from .hearing import has_own_forward
 from .scanning import untraceable_reason
 from .side_channels import HOOKS, has_hooks
 
@@ -32,7 +33,7 @@ def whole_reason(module: nn.Module, runs: bool = False) -> str | None:
     own = vars(module)
     if any(own[hooks] for hooks in (_BACKWARD_HOOKS if runs else HOOKS)):
         return "has hooks"
-    if "forward" in own or "__call__" in own:
+    if has_own_forward(module) or "__call__" in own:
         return "has a forward of its own instance"
     if any(getattr(module_globals, hooks) for hooks in _GLOBAL_HOOKS):
         return "global module hooks are registered"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .functions import directions
+from .hearing import Hearing
 from .interception import lock
 from .layers import is_layer
 from .penalty_calls import followed
@@ -30,35 +31,42 @@ def observing(model: nn.Module, edits: Sequence[PenalizeActivation], note: Note)
     if not edits:
         yield
         return
-    sites = {id(model.get_submodule(path)): path for edit in edits for path in edit.sites}
-    on_modules: dict[str, list[PenalizeActivation]] = {path: [] for path in sites.values()}
+    on_modules: dict[nn.Module, list[PenalizeActivation]] = {}
     for edit in edits:
         if edit.op is None:
-            on_modules[edit.sites[0]].append(edit)
+            on_modules.setdefault(model.get_submodule(edit.sites[0]), []).append(edit)
+    what = {module: f"rule {here[0].label!r}, {here[0].site}" for module, here in on_modules.items()}
+
+    def tell(module: nn.Module, on: str, values: Any) -> None:
+        _tell([edit for edit in on_modules[module] if edit.on == on], values, note)
+
+    on_calls = [edit for edit in edits if edit.op is not None]
+    with lock, Hearing(model, what, tell), _calls(model, on_calls, note) if on_calls else nullcontext():
+        yield
+
+
+@contextmanager
+def _calls(model: nn.Module, edits: Sequence[PenalizeActivation], note: Note) -> Iterator[None]:
+    """Tell of calls of functions and methods, and for that follow whose forward runs."""
+    sites = {id(model.get_submodule(path)): path for edit in edits for path in edit.sites}
     stack: list[nn.Module] = []
-    with lock:
-        original, thread = nn.Module.__call__, threading.get_ident()
+    original, thread = nn.Module.__call__, threading.get_ident()
 
-        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return original(module, *args, **kwargs)
-            here = on_modules[sites[id(module)]] if id(module) in sites else []
-            _tell([edit for edit in here if edit.on == "input"], (args, kwargs), note)
-            stack.append(module)
-            try:
-                result = original(module, *args, **kwargs)
-            finally:
-                stack.pop()
-            _tell([edit for edit in here if edit.on == "output"], result, note)
-            return result
-
-        on_calls = [edit for edit in edits if edit.op is not None]
-        nn.Module.__call__ = call  # type: ignore[method-assign]
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(module, *args, **kwargs)
+        stack.append(module)
         try:
-            with _Calls(model, on_calls, sites, stack, note) if on_calls else nullcontext():
-                yield
+            return original(module, *args, **kwargs)
         finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
+            stack.pop()
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        with _Calls(model, edits, sites, stack, note):
+            yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
 class _Calls(TorchFunctionMode):

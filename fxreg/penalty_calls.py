@@ -1,7 +1,6 @@
 """The Python functions that emitted graphs call for penalties on forward calls: on activations, and on the function."""
 
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,12 +8,13 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
-from torch.utils.hooks import RemovableHandle
 
 from .calls import call_model, call_with
-from .errors import CaptureError, FxregError
+from .errors import FxregError
 from .functions import directions
+from .hearing import Hearing
 from .operators import accumulation_dtype, total
 from .operators import drawn as _draw_operator
 from .structure import map_tensors, tensors
@@ -58,42 +58,39 @@ def _penalized(module: nn.Module, watched: list[Watched], call: Callable[..., An
     if not torch.is_grad_enabled() and all(arguments.get("value") is False for _, _, _, _, arguments, _, _ in watched):
         return call(*args), [zero for _ in watched]
     terms: list[list[Tensor]] = [[] for _ in watched]
-    thread, wants_gradient = threading.get_ident(), torch.is_grad_enabled()
+    wants_gradient = torch.is_grad_enabled()
+    modules = [module.get_submodule(path) for path, *_ in watched]
 
-    def watch(path: str, on: str, found: list[Tensor], penalty: Any) -> RemovableHandle:
-        inner = module.get_submodule(path)
+    def note(called: nn.Module, on: str, values: Any) -> None:
+        around = None if torch.is_grad_enabled() or not wants_gradient else _function_around()
+        if around:
+            hearing.miss(called, f"the module runs inside {around}", _OUTSIDE)
+            return
+        for inner, (_, its_on, *penalty), found in zip(modules, watched, terms, strict=True):
+            if inner is called and its_on == on:
+                found.append(penalize(copied(values), *penalty))  # what is inside may write into them later
 
-        def note(values: Any) -> None:
-            if threading.get_ident() == thread:
-                if wants_gradient and not torch.is_grad_enabled() and _in_reentrant_checkpoint():
-                    raise CaptureError(
-                        f"{penalty[-1]}: the module runs inside a reentrant checkpoint, where its activations have no "
-                        "gradient. Checkpoint the whole module that fxreg.transform returned, or put the rule on the "
-                        "output of the module that checkpoints."
-                    )
-                # What is inside may write into them later.
-                found.append(penalize(copied(values), *penalty))
-
-        if on == "output":
-            return inner.register_forward_hook(lambda module, args, output: note(output))
-        return inner.register_forward_pre_hook(
-            lambda module, args, kwargs: note((args, kwargs)), prepend=True, with_kwargs=True
-        )
-
-    handles = [watch(path, on, found, penalty) for (path, on, *penalty), found in zip(watched, terms, strict=True)]
-    try:
+    what = {inner: str(what) for inner, (*_, what) in zip(modules, watched, strict=True)}
+    with Hearing(module, what, note) as hearing:
         result = call(*args)
-    finally:
-        for handle in handles:
-            handle.remove()
     return result, [total(found) if found else zero for found in terms]
 
 
-def _in_reentrant_checkpoint() -> bool:
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+_OUTSIDE = (
+    "Checkpoint the whole module that fxreg.transform returned, or put the rule on the output of the module that "
+    "does it."
+)
+
+
+def _function_around() -> str | None:
+    """The autograd Function in whose forward the activations of what is being called have no gradient."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and not (frame.f_globals is globals() and frame.f_code.co_name == _penalized.__name__):
+        if frame.f_code is Function.apply.__func__.__code__:  # type: ignore[attr-defined]
+            kind = frame.f_locals["cls"]
+            return "a reentrant checkpoint" if kind is CheckpointFunction else f"the forward of {kind.__name__}"
         frame = frame.f_back
-    return frame is not None
+    return None
 
 
 def copied(values: Any) -> Any:

@@ -94,7 +94,7 @@ class Recorder:
         watches: bool,
     ) -> None:
         self.root = root
-        self._marked = marked
+        self.marked = marked
         self.ambient: tuple[object, ...] = ()
         self.opaque: dict[str, str] = {}
         self.ledger = Ledger()
@@ -291,7 +291,7 @@ class Recorder:
 
     def _mark(self, values: Any, path: str, on: str) -> None:
         """Say in the graph that activations of a module pass here, if anyone wants to know."""
-        if path not in self._marked or not self.writer.writes:
+        if path not in self.marked or not self.writer.writes:
             return
         try:
             with torch._C.DisableTorchFunction():

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .enclosed import codes_in, defaults, enclosed, slots
+from .hearing import untold
 
 _OPCODES = {
     "BEFORE_WITH": "enters",
@@ -144,10 +145,10 @@ def functions_of(module: nn.Module) -> tuple[types.FunctionType, ...]:
     """The user's functions that a forward pass of a module may reach."""
     helpers = [v for v in vars(module).values() if callable(v) and not isinstance(v, (type, nn.Module))]
     if not helpers:
-        return _reachable((type(module),), getattr(type(module), "forward", None))
+        return _reachable((type(module),), untold(getattr(type(module), "forward", None)))
     kinds = dict.fromkeys(type(v) for v in helpers if not _is_library(type(v)))
     kept = dict.fromkeys(function for v in helpers if (function := _as_function(v)) is not None)
-    forward = getattr(type(module), "forward", None)
+    forward = untold(getattr(type(module), "forward", None))
     if kept:  # an instance's own functions may hold its tensors: no cache must
         return _reached((type(module), *kinds), (forward, *kept))
     return _reachable((type(module), *kinds), forward)
@@ -189,6 +190,7 @@ def _as_function(value: Any) -> types.FunctionType | None:
         value = value.fget
     if type(value) in (functools.cached_property, functools.partial):
         value = value.func
+    value = untold(value)
     return value if type(value) is types.FunctionType else None
 
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 from .errors import CaptureError
 from .freezing import frozen
 from .guarding import is_as_frozen
+from .hearing import has_own_forward
 from .outside import Outside, read_outside
 from .side_channels import HOOKS
 from .structure import PLAIN, alike
@@ -151,7 +152,7 @@ def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None
             return None  # unpickled: what is left of a model whose class cannot be imported
         if _kind(module) != then.kind:
             return f"is now a {type(module).__name__}"
-        if "forward" in own and not (then.hooks is None and isinstance(own["forward"], fx.GraphModule)):
+        if has_own_forward(module) and not (then.hooks is None and isinstance(own["forward"], fx.GraphModule)):
             return "got a forward of its own instance"
         if values and then.hooks is not None and not alike(_hooks(module), then.hooks):
             return "has other hooks"

@@ -921,7 +921,7 @@ def test_a_checkpoint_around_the_module_changes_nothing(case: str) -> None:
     )
 
 
-def test_a_checkpoint_inside_what_is_opaque_is_right_or_an_error() -> None:
+def test_a_checkpoint_inside_what_is_opaque_changes_nothing() -> None:
     class Saving(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -932,8 +932,7 @@ def test_a_checkpoint_inside_what_is_opaque_is_right_or_an_error() -> None:
 
     model, x = Saving(), torch.randn(5, 3)
     gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(S), layer="Tanh", on="output"))
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
-        trained(gm, model, x)
+    assert_same(trained(gm, model, x), expected(model, x, {"block.act"}.__contains__), 1e-5)
 
 
 class Reentrant(nn.Module):
