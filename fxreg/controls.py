@@ -13,6 +13,7 @@ from .module import State, emitted, state_of
 from .observing import observing, slopes
 from .penalty_calls import reduced, summed_squares
 from .planning import LeaveToCompanion, Penalize, PenalizeActivation, PenalizeFunction, PullBack
+from .rematching import check_meaning
 from .snapshots import borrowed
 from .structure import fresh, map_tensors
 
@@ -126,6 +127,7 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
 
     Raises:
         FxregError: rules on activations, and no inputs; not a module that `fxreg.transform` returned.
+        CaptureError: the model changed, and the rules mean something else.
 
     >>> import torch, fxreg
     >>> model = torch.nn.Linear(4, 2)
@@ -135,6 +137,7 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     True
     """
     state = state_of(gm)
+    check_meaning(emitted(gm))
     parameters = dict(emitted(gm).named_parameters())
     found: dict[str, Tensor] = {}
     plan = state.provenance.plan

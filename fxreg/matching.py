@@ -43,14 +43,26 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
     """
     for definition in {rule.effect.definition for rule in rules}:
         definition.refresh()
+    found = []
+    for one in select(model, rules):
+        _check(model, one)
+        found.append(one)
+    _check_conflicts(found)
+    return tuple(found)
+
+
+def select(model: nn.Module, rules: tuple[Rule, ...]) -> Iterator[Match]:
+    """What every rule selects; whether its effect can act there is not asked.
+
+    Raises:
+        RuleError, MatchError: a class name that is unknown, a `where` that fails, labels, an undecided class.
+    """
     found_kinds = kinds(model)
     sites = tuple(find_sites(model, found_kinds))
     owned = _by_owner(sites)
     classes = {base for kind in {*found_kinds.values()} for cls in kind.classes for base in cls.__mro__}
     unloaded = [kind.name for kind in found_kinds.values() if kind.name and not kind.classes]
-    labels = _labels(rules)
-    found = []
-    for label, rule in zip(labels, rules, strict=True):
+    for label, rule in zip(_labels(rules), rules, strict=True):
         for key, layers in (("layer", rule.layers), ("where", rule.position.layers if rule.position else ())):
             for layer in layers:
                 if isinstance(layer, str) and not is_known(layer, classes, unloaded):
@@ -64,10 +76,7 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
             chosen = tuple(_selected(rule, label, sites, owned))
         else:
             chosen = tuple(_selected_activations(rule, label, find_activation_sites(model, found_kinds, rule)))
-        found.append(Match(label, rule, chosen, rule.position))
-        _check(model, found[-1])
-    _check_conflicts(found)
-    return tuple(found)
+        yield Match(label, rule, chosen, rule.position)
 
 
 def decided(model: nn.Module, matches: Sequence[Match]) -> tuple[Match, ...]:

@@ -17,6 +17,7 @@ from .captured import Captured
 from .effects import Via
 from .errors import FxregError
 from .graphs import read, written
+from .layouts import Meaning
 from .planning import Emit, LeaveToCompanion, Plan
 
 CHILD = "fxreg"
@@ -99,6 +100,7 @@ class State(nn.Module):
                 vars(self).update(recorded.assumed.kept)
         self.captured = captured
         self.provenance = provenance
+        self.meaning: Meaning | None = None
         self.scale_was_set = False
         self.warned_unbound = False
         self.backwards_watched = 0

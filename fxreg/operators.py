@@ -13,7 +13,7 @@ fingerprint, editing a formula would silently train with the old one.
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,6 +40,8 @@ NAMESPACE = "fxreg"
 _libraries: list[torch.library.Library] = []
 _implementations: dict[str, tuple[Callable[..., Any], Fingerprint]] = {}
 _checked: "WeakKeyDictionary[TracingContext, set[str]]" = WeakKeyDictionary()
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Formula = Callable[[Tensor, Tensor, tuple[Tensor, ...], dict[str, Any]], Tensor]
 """What a backward pass computes: (incoming gradient, weight, live tensors, arguments) to the outgoing gradient."""
@@ -78,8 +80,14 @@ def _run(qualified: str, *args: Any, **kwargs: Any) -> Any:
     return implementation(*args, **kwargs)
 
 
-# An operator's body is one step. After a graph break Dynamo would otherwise trace into it, frame by frame.
-set_code_exec_strategy(_run.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+def not_traced(function: F) -> F:
+    """The function, whose frames Dynamo leaves alone where it stands at the top, after a graph break."""
+    itself: Any = function  # which has code, unlike all that can be called
+    set_code_exec_strategy(itself.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
+
+
+not_traced(_run)  # an operator's body is one step
 
 
 def _check_is_current(qualified: str, fingerprint: Fingerprint, compilation: TracingContext) -> None:

@@ -68,7 +68,7 @@ class ProximalStep:
 
     Raises:
         RuleError: no optimizer, or one of these; a parameter that it does not have; no rule of `gm` with
-            `via="proximal"`; a second time with the same two.
+            `via="proximal"`; a second time with the same two; later, at a step, a parameter that was replaced.
         FxregError: not a module that `fxreg.transform` returned.
 
     >>> import torch, fxreg
@@ -113,8 +113,22 @@ class ProximalStep:
         self._handle.remove()
         stepping(self._state).discard(self)
 
+    def _check_parameters(self) -> None:
+        """Raise where the model has another parameter by now, which nothing would happen to."""
+        now = dict(self._state.model.named_parameters(remove_duplicate=False))
+        for operator in self._operators:
+            for weight, edit in operator.weights.items():
+                other = now.get(edit.site)
+                if other is weight or (hasattr(weight, "device_mesh") and not hasattr(other, "device_mesh")):
+                    continue  # sharded, and gathered for a forward pass
+                raise RuleError(
+                    f"ProximalStep: rule {operator.label!r} acts on {edit.site!r}, and the model has another parameter "
+                    "there than when the step was made. Call remove(), and make a new one with the optimizer."
+                )
+
     def moves(self) -> dict[Tensor, list[Move]]:
         """What happens to every parameter, in the order of the rules; for a step that does it by itself."""
+        self._check_parameters()
         found: dict[Tensor, list[Move]] = {}
         for operator in self._operators:
             live = live_strengths(self._state, operator.label, operator.effect)
@@ -129,6 +143,7 @@ class ProximalStep:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
         if is_done(optimizer, self):
             return
+        self._check_parameters()
         # A fused optimizer is called also for a step that its GradScaler skips, and told by a tensor.
         skipped: Tensor | None = getattr(optimizer, "found_inf", None)
         for operator in self._operators:

@@ -21,9 +21,16 @@ def resolve(model: nn.Module, matches: tuple[Match, ...], captured: Captured) ->
     """
     if all(match.position is None for match in matches):
         return matches
+    return decided(model, narrow(model, matches, captured))
+
+
+def narrow(model: nn.Module, matches: tuple[Match, ...], captured: Captured) -> tuple[Match, ...]:
+    """The same, without asking whether effects can act there."""
+    if all(match.position is None for match in matches):
+        return matches
     views = [View(model, one.graph) for one in captured.views]
     reasons = {path: reason for one in captured.views for path, reason in one.opaque.items()}
-    return decided(model, [_resolved(match, views, reasons) for match in matches])
+    return tuple(_resolved(match, views, reasons) for match in matches)
 
 
 def _resolved(match: Match, views: Sequence[View], reasons: Mapping[str, str]) -> Match:

@@ -1,5 +1,6 @@
 """What a rule says: an effect, what it selects, and how it is lowered. Checked when it is constructed."""
 
+import copy
 import fnmatch
 import re
 from collections.abc import Callable, Iterable
@@ -171,6 +172,12 @@ class Rule(_Acts, _Keys):
     def lowering(self) -> Via:
         """How the rule acts: its own `via`, or the effect's first."""
         return self.via or self.effect.definition.default_via
+
+    def without_tensors(self) -> "Rule":
+        """The same without the values of tensors that its effect was given by name."""
+        result = copy.copy(self)
+        object.__setattr__(result, "effect", self.effect.without_tensors())
+        return result
 
     def conditions(self) -> list[str]:
         """The fields that select, as they were given."""

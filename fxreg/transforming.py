@@ -19,6 +19,7 @@ from .lowering import lower
 from .matching import match
 from .module import forget_given, state_of
 from .planning import Emit, Plan, plan
+from .rematching import remember_meaning
 from .resolving import resolve
 from .rules import Rule, checked_rules
 from .watching import watch
@@ -78,7 +79,8 @@ def transform(
             )
     refuse_transformed(root)
     with _without_collection():
-        matches = match(root, checked_rules(rules))
+        rules = checked_rules(rules)
+        matches = match(root, rules)
         planned = plan(matches)
         if captured is not None and planned.on_forward:
             raise CaptureError(
@@ -99,6 +101,7 @@ def transform(
             )
         vars(state)["islands"] = islands(root, state.captured, example_inputs)
     forget_given(state_of(gm))
+    remember_meaning(gm, rules)
     watch(gm)
     return gm
 

@@ -22,6 +22,7 @@ from .joining import Joint
 from .module import RegularizedModule, State, emitted, state_of
 from .observing import observing
 from .planning import Penalize, PullBack
+from .rematching import check_meaning
 from .snapshots import borrowed, iterator_kept
 from .structure import fresh, likeness, map_tensors, tensors
 
@@ -45,6 +46,7 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
 
     Raises:
         VerifyError: the first difference, with its place and size.
+        CaptureError: the model changed, and the rules mean something else.
 
     >>> import torch, fxreg
     >>> model = torch.nn.Linear(4, 2)
@@ -54,6 +56,7 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
     args, kwargs = split_examples(example_inputs)
     state = state_of(gm)
     inner = emitted(gm)
+    check_meaning(inner)
     modes: tuple[bool, ...] = (True, False)
     if isinstance(state.model, ExportedModule):
         args, kwargs = state.model.exported_inputs.arranged(args, kwargs)

@@ -9,8 +9,10 @@ from torch._C import _are_functorch_transforms_active  # private: no public way 
 
 from .captured import way
 from .effects import Penalty
+from .errors import CaptureError
 from .module import RegularizedModule, State, own, state_of
 from .planning import PullBack
+from .rematching import check_meaning, guard_meaning
 from .staleness import check_guarded, check_unchanged
 from .structure import tensors
 
@@ -24,7 +26,7 @@ def watch(gm: RegularizedModule) -> None:
     passing = state.captured.chain[-1].passing
     if passing is not None and (passing.is_told or state.captured.needs_model):  # elsewhere hooks are compared
         gm.register_forward_pre_hook(own(_refuse_passed), with_kwargs=True)
-    if state.captured.remembered:
+    if state.captured.remembered or state.meaning:
         gm.register_forward_pre_hook(own(_refuse_changed))
     if state.unbound():
         gm.register_forward_pre_hook(own(_warn_unbound))
@@ -66,6 +68,16 @@ def _refuse_changed(module: nn.Module, args: Any) -> None:
     for one in state.captured.chain:
         if one.holds_in((way(),)):
             check(state.model, one.remembered, children, values=one.otherwise is None)
+    if state.meaning is None:
+        return
+    if not torch.compiler.is_compiling():
+        check_meaning(module)
+        return
+    from torch._dynamo.comptime import comptime  # only then: else nobody needs it
+
+    comptime(guard_meaning)
+    if state.meaning.difference:
+        raise CaptureError(state.meaning.difference)
 
 
 def _warn_unbound(module: nn.Module, args: Any) -> None:

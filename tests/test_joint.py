@@ -362,6 +362,7 @@ def test_layers_that_are_sharded_by_themselves_are_refused(mesh: Any) -> None:
 
     for rule in (fxreg.Rule(fxreg.clip_global_norm(0.3)), fxreg.Rule(fxreg.l2(0.3), via="gradient")):
         model, x = build(torch.float32)
+        model.second = nn.Linear(3, 3)
         gm = fxreg.transform(model, rule)
         fully_shard(model.first)
         with pytest.raises(fxreg.CaptureError, match=r"Linear was sharded by itself .*'weight'.*as a whole"):

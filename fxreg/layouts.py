@@ -1,0 +1,108 @@
+"""Which modules and parameters a model has, and which of them are one: as data, and seen at a glance."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .rules import Rule
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What rules select from.
+
+    Attributes:
+        modules: for the path of every module, the first path of the same module, and its qualified class.
+        parameters: for every name of every parameter, the first name of the same parameter, and its shape.
+    """
+
+    modules: Mapping[str, tuple[str, str]]
+    parameters: Mapping[str, tuple[str, torch.Size]]
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a model as it is now."""
+    paths, names = dict[int, str](), dict[int, str]()
+    modules, parameters = {}, {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        modules[path] = (paths.setdefault(id(module), path), qualified(type(module)))
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{path}.{key}" if path else key
+                parameters[name] = (names.setdefault(id(parameter), name), parameter.shape)
+    return Layout(modules, parameters)
+
+
+def qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class Glance:
+    """A layout in what can be compared fast: classes, keys, and who is who.
+
+    It keeps the modules: the identity of one that is gone could be another one's later. Parameters may become other
+    objects at every call (`torch.func.functional_call` swaps them), so of them it counts which places hold the same
+    one, and their shapes.
+    """
+
+    def __init__(self, model: nn.Module, roots: Iterable[nn.Module]) -> None:
+        self._modules, self._owners = [*model.modules()], [*model.modules(), *roots]
+        self._form, held = self._look()
+        self._ties = _ties(held)
+        self._identities = _identities(held)
+
+    def is_current(self) -> bool:
+        """Whether everything is as it was."""
+        form, held = self._look()
+        if form != self._form:
+            return False
+        identities = _identities(held)
+        if identities != self._identities:
+            if _ties(held) != self._ties:
+                return False
+            self._identities = identities
+        return True
+
+    def _look(self) -> tuple[Any, list[dict[str, Any]]]:
+        """What must be the same, and where the parameters are."""
+        owned: list[dict[str, Any]] = [module._modules for module in self._owners]
+        held: list[dict[str, Any]] = [module._parameters for module in self._modules]
+        return ([*map(type, self._modules)], [*map(tuple, owned)], _identities(owned), [*map(tuple, held)]), held
+
+
+def _identities(held: Iterable[dict[str, Any]]) -> list[int]:
+    return [id(one) for each in held for one in each.values()]
+
+
+def _ties(held: Iterable[dict[str, Any]]) -> list[tuple[int, Any]]:
+    """For every place that may have a parameter, the first with the same one, and its shape."""
+    first: dict[int, int] = {}
+    places = enumerate(one for each in held for one in each.values())
+    return [(first.setdefault(id(one), place), getattr(one, "shape", None)) for place, one in places]
+
+
+class Meaning:
+    """What rules meant of a model when it was transformed.
+
+    A pickle leaves the rules behind, which may hold any function; then every other layout means something else.
+
+    Attributes:
+        rules: the rules; None if they are no longer known.
+        layout: of the model.
+        glance: the same; None until somebody looked.
+        difference: what was last found that is different, for code that is being compiled.
+    """
+
+    def __init__(self, rules: tuple[Rule, ...] | None, layout: Layout) -> None:
+        self.rules, self.layout = rules, layout
+        self.glance: Glance | None = None
+        self.difference: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Meaning, (None, self.layout)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Meaning":
+        return Meaning(self.rules, self.layout)
