@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext  # private: what is being compiled
 
 from . import operators
 from .errors import RuleError
@@ -46,7 +47,7 @@ class PenaltyFormula:
         """s·R(w) as a 0-d tensor: autocast off, 16-bit weights in float32."""
         wide = operators.cast(weight, operators.accumulation_dtype(weight.dtype))
         factor, found = self._parts(self.function, wide, None, strengths, arguments)
-        return operators.cast(found if factor is None else factor * found, wide.dtype)
+        return operators.cast(found if factor is None else factor * _kept(found), wide.dtype)
 
     def gradient(
         self, seed: Tensor, weight: Tensor, strengths: Mapping[str, Tensor], arguments: Mapping[str, Any]
@@ -205,11 +206,13 @@ class ProximalFormula:
 
 
 def _kept(scalar: Tensor) -> Tensor:
-    """The same number, which Inductor then keeps in memory, as what a strided view is taken of.
+    """The same number, which Inductor then keeps in memory, as what a strided view is taken of; its gradient, too.
 
     It fuses kernels that read two such numbers, as these are 16 bytes in common: the gradients of all weights'
     penalties would be made at once, at the start of the backward pass, and wait in memory for those of the loss.
     """
+    if TracingContext.try_get() is None or hasattr(scalar, "device_mesh"):  # nothing is compiled; sharded
+        return scalar
     return scalar.as_strided((), ())
 
 
