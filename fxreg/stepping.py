@@ -83,7 +83,7 @@ def _compiler(backend: str | Callable[..., Any], mode: str | None) -> dict[str, 
     """The arguments of `torch.compile` that say who compiles, and how."""
     if backend != "inductor":
         return {"backend": backend, "mode": mode}
-    from .layout import inductor_options  # imports Inductor, which takes as long as torch itself
+    from .channels_last import inductor_options  # imports Inductor, which takes as long as torch itself
 
     return {"backend": backend, "options": inductor_options(mode)}
 

@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 import fxreg
-from fxreg.layout import ChannelsLast, inductor_options
+from fxreg.channels_last import ChannelsLast, inductor_options
 
 aten = torch.ops.aten
 
