@@ -29,6 +29,7 @@ from .controls import load_state_dict, penalties, set_loss_scale, state_dict, st
 from .decorating import gradient, penalty
 from .drawing import draw
 from .errors import CaptureError, FxregError, MatchError, RuleError, VerifyError
+from .files import dump_rules, load_rules
 from .functions import input_gradient, jacobian
 from .gradients import (
     adaptive_clip,
@@ -61,6 +62,7 @@ from .regularizers import elastic_net, l1, l2, weight_decay
 from .reporting import diff, explain
 from .rules import Rule
 from .schedules import StrengthScheduler
+from .schemas import rules_schema
 from .stepping import train_step
 from .transforming import strip, transform
 from .verifying import verify
@@ -94,6 +96,7 @@ __all__ = [
     "decorrelation",
     "diff",
     "draw",
+    "dump_rules",
     "elastic_net",
     "entropy",
     "ewc",
@@ -114,6 +117,7 @@ __all__ = [
     "last",
     "limit_norm",
     "lint",
+    "load_rules",
     "load_state_dict",
     "log_sum",
     "lp",
@@ -129,6 +133,7 @@ __all__ = [
     "param_groups",
     "penalties",
     "penalty",
+    "rules_schema",
     "scad",
     "scale",
     "set_loss_scale",

@@ -13,7 +13,7 @@ Layer: TypeAlias = type[nn.Module] | str
 
 
 def checked_layers(layers: object, who: str, what: str = "layer") -> tuple[Layer, ...]:
-    """One or several classes or names of classes, as a tuple."""
+    """One or several classes or names of classes, as a tuple. `"nn.Linear"` says one class, and becomes it."""
     found = several(layers, what, who)
     for one in found:
         named = isinstance(one, str) and is_dotted(one)
@@ -21,7 +21,7 @@ def checked_layers(layers: object, who: str, what: str = "layer") -> tuple[Layer
             raise RuleError(f"{who}: {what} must be nn.Module classes or class names, got {one!r}.")
     if not found:
         raise RuleError(f"{who}: {what} is empty; leave it out to match every layer.")
-    return tuple(found)
+    return tuple((_said(one) or one) if isinstance(one, str) else one for one in found)
 
 
 def several(value: object, field: str, who: str) -> Sequence[Any]:
@@ -32,6 +32,13 @@ def several(value: object, field: str, who: str) -> Sequence[Any]:
         return tuple(value)  # type: ignore[arg-type]
     except TypeError:
         raise RuleError(f"{who}: {field} must be one or several, got {value!r}.") from None
+
+
+def class_name(cls: type[nn.Module]) -> str | None:
+    """The name that says one of torch's own classes, and no other."""
+    full = f"{cls.__module__}.{cls.__qualname__}"
+    names = (f"nn.{cls.__name__}", f"nn.{full.removeprefix('torch.nn.')}")
+    return next((name for name in names if _torch_class(name) is cls), None)
 
 
 def is_dotted(name: str) -> bool:
@@ -68,7 +75,12 @@ def _ends(qualified: str, name: str) -> bool:
     return not name.startswith("nn.") and f".{qualified}".endswith(f".{name}")
 
 
-def _torch_class(name: str) -> object:
+def _said(name: str) -> type[nn.Module] | None:
+    """The class that only the name says: other names are also those of classes elsewhere."""
+    return _torch_class(name) if name.startswith("nn.") else None
+
+
+def _torch_class(name: str) -> type[nn.Module] | None:
     """The class of that name in `torch.nn`: "Linear", "nn.Linear" or "torch.nn.Linear"."""
     found: object = nn
     prefix = "torch.nn." if name.startswith("torch.nn.") else "nn."

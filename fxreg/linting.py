@@ -12,6 +12,7 @@ from .decorating import OptimizerOption
 from .effects import Penalty
 from .errors import FxregError, RuleError
 from .exported import as_module
+from .files import Rules, given_rules
 from .flows import reached
 from .invariance import Invariant, find_invariant
 from .lints import NORMS, Lint, named
@@ -19,12 +20,11 @@ from .matching import match
 from .module import RegularizedModule, State, original, state_of
 from .planning import LeaveToCompanion, Penalize, PenalizeActivation, PenalizeFunction, Plan, PullBack, plan
 from .regularizers import elastic_net, l2
-from .rules import Rule, checked_rules
 
 
 def lint(
     model: nn.Module | ExportedProgram,
-    rules: Rule | Iterable[Rule] | None = None,
+    rules: Rules | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     warn: bool = False,
@@ -62,7 +62,7 @@ def lint(
     elif isinstance(getattr(model, "_orig_mod", model), RegularizedModule):
         raise RuleError("lint(gm) takes no rules: they are in the module. Leave them out, or pass the model.")
     else:
-        planned = plan(match(model, checked_rules(rules)))
+        planned = plan(match(model, given_rules(rules)))
         found = planned.lints
     if optimizer is not None:
         found += tuple(_lint_decays(original(model), planned, optimizer))

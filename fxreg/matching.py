@@ -115,7 +115,7 @@ def _by_owner(sites: tuple[Site, ...]) -> dict[str, list[int]]:
 
 def _selected(rule: Rule, label: str, sites: tuple[Site, ...], owned: Mapping[str, Sequence[int]]) -> Iterator[Site]:
     """The sites that a rule acts on, in order."""
-    param, excluded = matcher(rule.param), [matcher(pattern) for pattern in rule.excludes]
+    param, excluded = matcher(rule.param), [matcher(pattern) for pattern in rule.exclude]
     paths: Collection[str] = owned
     if rule.name is not None:
         paths = {str(rule.name)} & owned.keys() if is_literal(rule.name) else {*filter(matcher(rule.name), owned)}
@@ -142,7 +142,7 @@ def _selected_activations(rule: Rule, label: str, sites: Iterable[ActivationSite
     """The modules whose activations a rule acts on, or in whose forwards it looks for calls, in order."""
     about_all = isinstance(rule.effect.definition, FunctionPenalty)
     named = matcher("" if about_all else "*" if rule.name is None else rule.name)
-    excluded = [matcher(pattern) for pattern in rule.excludes]
+    excluded = [matcher(pattern) for pattern in rule.exclude]
     for site in sites:
         if rule.op is not None and (is_layer(site.layer) or type(site.layer) is nn.Sequential):
             continue  # nobody means the calls in torch's own forwards

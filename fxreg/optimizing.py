@@ -14,11 +14,11 @@ from .decorating import OptimizerOption
 from .effects import Penalty
 from .errors import RuleError
 from .exported import as_module, read_program
+from .files import Rules, given_rules
 from .matching import match
 from .module import RegularizedModule, bind, original, state_of
 from .planning import LeaveToCompanion, plan
 from .resolving import resolve
-from .rules import Rule, checked_rules
 
 _COUPLED = (
     torch.optim.SGD, torch.optim.ASGD, torch.optim.Adam, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam,
@@ -30,7 +30,7 @@ these are compared by identity."""
 
 def param_groups(
     model: nn.Module | ExportedProgram,
-    rules: Rule | Iterable[Rule],
+    rules: Rules,
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
     *,
     groups: Iterable[Mapping[str, Any]] = (),
@@ -74,7 +74,7 @@ def param_groups(
             f"param_groups: optimizer must be an optimizer class such as torch.optim.SGD, got {optimizer!r}."
         )
     given, model = model, original(as_module(model))
-    matches = tuple(one for one in match(model, checked_rules(rules)) if one.rule.lowering == "optimizer")
+    matches = tuple(one for one in match(model, given_rules(rules)) if one.rule.lowering == "optimizer")
     if any(one.position for one in matches):
         matches = resolve(model, matches, _captured(given))
     edits = plan(matches).companions("optimizer")

@@ -1,7 +1,6 @@
 """What people read: the plan before, the provenance after, and the difference in code."""
 
 import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import overload
 
@@ -10,12 +9,12 @@ from torch.export import ExportedProgram
 
 from .errors import FxregError, RuleError
 from .exported import as_module
+from .files import Rules, given_rules
 from .linting import lint_emitted
 from .lints import Lint
 from .matching import match
 from .module import RegularizedModule, emitted, state_of
 from .planning import LeaveToCompanion, Plan, plan
-from .rules import Rule, checked_rules
 from .transforming import strip
 
 _COMPANIONS = {
@@ -66,13 +65,13 @@ class Report:
 @overload
 def explain(model: nn.Module) -> Report: ...
 @overload
-def explain(model: nn.Module | ExportedProgram, rules: Rule | Iterable[Rule]) -> Plan: ...
-def explain(model: nn.Module | ExportedProgram, rules: Rule | Iterable[Rule] | None = None) -> Plan | Report:
+def explain(model: nn.Module | ExportedProgram, rules: Rules) -> Plan: ...
+def explain(model: nn.Module | ExportedProgram, rules: Rules | None = None) -> Plan | Report:
     """Say what rules would do to a model, or what was done to an emitted module. Captures and changes nothing.
 
     Args:
         model: with rules, any model or exported program; without, what `fxreg.transform` returned.
-        rules: the rules to try.
+        rules: the rules to try, or the path of a file with them.
 
     Returns:
         With rules the `Plan`: every site, its rule, size, strength and lowering. Without, the `Report`: the plan that
@@ -95,7 +94,7 @@ def explain(model: nn.Module | ExportedProgram, rules: Rule | Iterable[Rule] | N
     if rules is not None:
         if isinstance(model, RegularizedModule):
             raise RuleError("explain(gm) takes no rules: they are in the module. For a dry run, pass the model.")
-        return plan(match(model, checked_rules(rules)))
+        return plan(match(model, given_rules(rules)))
     state = state_of(model)
     provenance = state.provenance
     return Report(

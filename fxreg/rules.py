@@ -22,6 +22,7 @@ On: TypeAlias = Literal["param", "output", "input"]
 Reduction: TypeAlias = Literal["sum", "mean", "batch"]
 
 _REGEX = "re:"
+_FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 _WILDCARDS = frozenset("*?[")
 
 
@@ -31,9 +32,9 @@ class _Keys:
 
     layer: Layer | tuple[Layer, ...] | None = None
     op: Op | None = None
-    name: Pattern | None = None
-    param: Pattern = "*"
-    exclude: Pattern | tuple[Pattern, ...] = ()
+    name: str | None = None
+    param: str = "*"
+    exclude: tuple[str, ...] = ()
     where: "Callable[[AnySite], object] | Position | None" = None
     on: On = "param"
     optional: bool = False
@@ -163,12 +164,6 @@ class Rule(_Acts, _Keys):
         return self.where if isinstance(self.where, Position) else None
 
     @property
-    def excludes(self) -> tuple[Pattern, ...]:
-        """The patterns of what is left out."""
-        assert isinstance(self.exclude, tuple)
-        return self.exclude
-
-    @property
     def lowering(self) -> Via:
         """How the rule acts: its own `via`, or the effect's first."""
         return self.via or self.effect.definition.default_via
@@ -206,10 +201,8 @@ def checked_rules(rules: "Rule | Iterable[Rule]") -> tuple[Rule, ...]:
     return result
 
 
-def matcher(pattern: Pattern) -> Callable[[str], object]:
-    """What says whether a whole name matches: a glob in which `*` crosses dots, a compiled pattern, or `"re:…"`."""
-    if isinstance(pattern, re.Pattern):
-        return pattern.fullmatch
+def matcher(pattern: str) -> Callable[[str], object]:
+    """What says whether a whole name matches: a glob in which `*` crosses dots, or `"re:…"`."""
     if pattern.startswith(_REGEX):
         return re.compile(pattern.removeprefix(_REGEX)).fullmatch
     if is_literal(pattern):
@@ -217,9 +210,9 @@ def matcher(pattern: Pattern) -> Callable[[str], object]:
     return re.compile(fnmatch.translate(pattern)).match
 
 
-def is_literal(pattern: Pattern) -> bool:
+def is_literal(pattern: str) -> bool:
     """Whether only the name that it spells matches."""
-    return isinstance(pattern, str) and not pattern.startswith(_REGEX) and _WILDCARDS.isdisjoint(pattern)
+    return not pattern.startswith(_REGEX) and _WILDCARDS.isdisjoint(pattern)
 
 
 def _shown(value: object) -> str:
@@ -227,8 +220,6 @@ def _shown(value: object) -> str:
         value = value[0]
     if isinstance(value, tuple):
         return f"({', '.join(map(_shown, value))})"
-    if isinstance(value, re.Pattern):
-        return f"re.compile({value.pattern!r})"
     return getattr(value, "__name__", None) or repr(value)
 
 
@@ -260,9 +251,11 @@ def _choice(literal: Any) -> str:
     return f"{', '.join(others)} or {last}"
 
 
-def _checked_pattern(pattern: object, field: str, who: str) -> Pattern:
+def _checked_pattern(pattern: object, field: str, who: str) -> str:
+    """A pattern as text; a compiled one becomes the `"re:…"` that says the same."""
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
-        return pattern
+        flags = "".join(letter for letter, flag in _FLAGS.items() if pattern.flags & flag)
+        return f"{_REGEX}(?{flags}){pattern.pattern}" if flags else f"{_REGEX}{pattern.pattern}"
     if not isinstance(pattern, str):
         raise RuleError(f"{who}: {field} must be a glob or a compiled pattern of str, got {pattern!r}.")
     if pattern.startswith(_REGEX):

@@ -1,7 +1,7 @@
 """The way in: match, plan, capture, emit, in that order; and the way back."""
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import get_args
 
@@ -14,6 +14,7 @@ from .captured import Captured
 from .emitting import verified
 from .errors import CaptureError, FxregError
 from .exported import read_program
+from .files import Rules, given_rules
 from .islands import islands
 from .lowering import lower
 from .matching import match
@@ -21,13 +22,12 @@ from .module import forget_given, state_of
 from .planning import Emit, Plan, plan
 from .rematching import remember_meaning
 from .resolving import resolve
-from .rules import Rule, checked_rules
 from .watching import watch
 
 
 def transform(
     model: nn.Module | ExportedProgram,
-    rules: Rule | Iterable[Rule],
+    rules: Rules,
     *,
     example_inputs: Examples | None = None,
     emit: Emit = "backward",
@@ -40,7 +40,7 @@ def transform(
     Args:
         model: any `nn.Module`, an `fx.GraphModule` among them, or what `torch.export.export` returned. It is not
             changed. An exported program is trained in the mode in which it was exported.
-        rules: the rules; every one that matches acts, in this order.
+        rules: the rules, or the path of a file with them; every one that matches acts, in this order.
         example_inputs: a tuple (positional) or a dict (keyword) of inputs. With it the result is verified against
             the model in train and in eval mode before it is returned. With or without, an argument that has a default
             and is not among the examples is fixed at its default, and passing another value later raises.
@@ -79,7 +79,7 @@ def transform(
             )
     refuse_transformed(root)
     with _without_collection():
-        rules = checked_rules(rules)
+        rules = given_rules(rules)
         matches = match(root, rules)
         planned = plan(matches)
         if captured is not None and planned.on_forward:

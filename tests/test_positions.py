@@ -432,7 +432,7 @@ def test_an_effect_must_fit_only_what_is_left() -> None:
 
 def test_positions_print_compare_and_pickle() -> None:
     position = before((nn.BatchNorm2d, "nn.LayerNorm")) & ~(after("Linear") | last())
-    assert repr(position) == "before((BatchNorm2d, nn.LayerNorm)) & ~(after(Linear) | last())"
+    assert repr(position) == "before((BatchNorm2d, LayerNorm)) & ~(after(Linear) | last())"
     assert position == before([nn.BatchNorm2d, "nn.LayerNorm"]) & ~(after("Linear") | last())
     assert position != before([nn.BatchNorm2d, "nn.LayerNorm"]) | ~(after("Linear") | last())
     assert copy.deepcopy(position) == position
