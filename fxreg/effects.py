@@ -16,7 +16,7 @@ from . import operators
 from .arguments import Argument, ByName, are_equal, checked_strength, coerced, read_arguments, schema, signature
 from .errors import RuleError
 from .fingerprints import Fingerprint
-from .formulas import GradientFormula, PenaltyFormula, ProximalFormula, as_given, fitting
+from .formulas import Fitting, GradientFormula, PenaltyFormula, ProximalFormula, as_given
 
 Via: TypeAlias = Literal["penalty", "gradient", "optimizer", "proximal"]
 P = ParamSpec("P")
@@ -320,11 +320,11 @@ class Penalty(Definition[P]):
             arguments = as_given(arguments)
             if not value and formula.closed_form is not None:
                 return operators.deferred(seeded, arguments, weight, *tensors)
-            with fitting(own_name, weight):
+            with Fitting(own_name, weight):
                 return formula.value(weight, _named(names, tensors), arguments)
 
         def seeded(seed: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
-            with fitting(own_name, weight):
+            with Fitting(own_name, weight):
                 return formula.gradient(seed, weight, _named(names, tensors), arguments)
 
         def pull(grad: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:

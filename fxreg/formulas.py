@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,21 @@ from .errors import RuleError
 from .norms import whole
 
 
-@contextlib.contextmanager
-def fitting(effect: str, met: Tensor) -> Iterator[None]:
+class Fitting:
     """A context in which a formula meets a tensor whose shape nobody could know before."""
-    try:
-        yield
-    except (IndexError, ValueError) as error:
-        raise RuleError(
-            f"{effect} does not fit a tensor of shape {tuple(met.shape)}: {error}. Mend its arguments, or narrow the "
-            "rule."
-        ) from error
+
+    def __init__(self, effect: str, met: Tensor) -> None:
+        self.effect, self.met = effect, met
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, IndexError | ValueError):
+            raise RuleError(
+                f"{self.effect} does not fit a tensor of shape {tuple(self.met.shape)}: {error}. Mend its arguments, "
+                "or narrow the rule."
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -138,11 +138,14 @@ def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+_NOTHING = nullcontext()
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which autocast is off for a device."""
     if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _NOTHING
 
 
 class _Source(torch.autograd.Function):
@@ -163,7 +166,8 @@ class _Source(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
-        return (None, *(scale.to(device=device, dtype=dtype) for device, dtype in ctx.kinds))
+        seeds = {(device, dtype): scale.to(device=device, dtype=dtype) for device, dtype in set(ctx.kinds)}
+        return (None, *(seeds[kind] for kind in ctx.kinds))
 
     @staticmethod
     def jvp(ctx: Any, scale: None, *tangents: Tensor | None) -> Tensor | None:
