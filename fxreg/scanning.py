@@ -77,7 +77,7 @@ _CHANGING = {
 _Result = TypeVar("_Result")
 
 
-def _once_per_function(scan: Callable[[types.FunctionType], _Result]) -> Callable[[types.FunctionType], _Result]:
+def once_per_function(scan: Callable[[types.FunctionType], _Result]) -> Callable[[types.FunctionType], _Result]:
     """Remember what a scan found, for as long as the function lives."""
     found: WeakKeyDictionary[types.FunctionType, _Result] = WeakKeyDictionary()
 
@@ -103,11 +103,6 @@ def asks_for_none(module: nn.Module) -> bool:
 def mentioned_names(module: nn.Module) -> frozenset[str]:
     """Every name, and every string that could be one, in a module's code."""
     return frozenset().union(*(names_mentioned(function.__code__) for function in functions_of(module)))
-
-
-def written_names(functions: Iterable[types.FunctionType]) -> frozenset[str]:
-    """Every name that these functions may give a new value, other than local ones."""
-    return frozenset().union(*map(_writes, functions))
 
 
 def global_names(modules: Iterable[nn.Module]) -> set[str]:
@@ -226,22 +221,7 @@ def _strings(code: types.CodeType) -> Iterator[str]:
     return (constant for constant in constants if isinstance(constant, str) and constant.isidentifier())
 
 
-@_once_per_function
-def _writes(function: types.FunctionType) -> frozenset[str]:
-    own = function.__code__.co_varnames[:1] if function.__name__ == "__init__" else ()
-    stored = set()
-    for code in codes_in(function.__code__):
-        before = None
-        for one in dis.get_instructions(code):
-            is_new = before is not None and before.opname == "LOAD_FAST" and before.argval in own
-            if one.opname in ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL") and not is_new:
-                stored.add(str(one.argval))
-            before = one
-    by_string = names_mentioned(function.__code__) & {"setattr", "vars", "__dict__", "globals"}
-    return frozenset(stored).union(_strings(function.__code__) if by_string else ())
-
-
-@_once_per_function
+@once_per_function
 def _may_change_containers(function: types.FunctionType) -> bool:
     return any(map(_changes_containers, codes_in(function.__code__)))
 
@@ -251,7 +231,7 @@ def _changes_containers(code: types.CodeType) -> bool:
     return stores or not _CHANGING.isdisjoint(code.co_names)
 
 
-@_once_per_function
+@once_per_function
 def _asks_for_none(function: types.FunctionType) -> bool:
     return any(map(code_asks_for_none, codes_in(function.__code__)))
 
@@ -268,7 +248,7 @@ def code_asks_for_none(code: types.CodeType) -> bool:
     return False
 
 
-@_once_per_function
+@once_per_function
 def _function_reason(function: types.FunctionType) -> str | None:
     what = next((f"has a default that can change ({d!r})" for d in defaults(function) if isinstance(d, _MUTABLE)), None)
     if what is None and _may_change_a_global(function):

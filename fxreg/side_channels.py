@@ -18,9 +18,9 @@ from .scanning import (
     global_names,
     mentioned_names,
     names_mentioned,
-    written_names,
 )
 from .snapshots import Snapshot
+from .writes import Written
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -82,26 +82,27 @@ class Ledger:
         Args:
             state: all that could be read: a name that is nobody's attribute, and was not asked for, is a local one.
         """
-        names: dict[str, str] = {}
+        written: dict[str, Written] = {}
         changing: list[nn.Module] = []
         hooks: list[Any] = []
         for path, module in self._running.items():
             own = [*_hooks(module)]
             functions = dict.fromkeys((*_functions(module, own), *reach([module])))
-            names.update(dict.fromkeys(written_names(functions), path))
+            written[path] = Written.by(functions)
             if changes_containers(functions):
                 changing += module.modules()
                 hooks += own
-        if not names and not changing and not hooks:
+        if not any(map(any, written.values())) and not changing and not hooks:
             return {}
         owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), nn.Module)]
         shared = Snapshot([*changing, *owners], also=hooks)
         kept = state.names() | {name for _, _, name in self.reads} | class_attributes(self.modules.values())
         kept |= global_names([*self._running.values()])
+        names = {name: path for path, one in written.items() for name in one.among(kept)}
         found = {}
         for path, module in self.modules.items():
             mentioned = mentioned_names(module).union(*map(names_mentioned, self._entered.get(path, {}).values()))
-            if common := sorted(mentioned & names.keys() & kept):
+            if common := sorted(mentioned & names.keys()):
                 found[path] = f"mentions {common[0]!r}, which {names[common[0]]!r} may write when it runs"
         for (reader, path, name), value in self.reads.items():
             if shared.holds(value):

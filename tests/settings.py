@@ -35,3 +35,7 @@ def raise_level(of: Any) -> None:
 
 def level(of: Any) -> float:
     return float(of.level)
+
+
+def put(of: Any, name: str, value: Any) -> None:
+    setattr(of, name, value)

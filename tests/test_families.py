@@ -11,7 +11,15 @@ from torch._dynamo.utils import counters
 
 import fxreg
 
-from .coverage import all_tensors, assert_faithful, assert_unchanged_by, called_layers, regularized, seen_layers
+from .coverage import (
+    all_tensors,
+    assert_faithful,
+    assert_unchanged_by,
+    called_layers,
+    graph_breaks,
+    regularized,
+    seen_layers,
+)  # fmt: skip
 from .families import FAMILIES, KINDS, Inputs
 from .marks import slow_but
 
@@ -31,6 +39,8 @@ TESTED = (
 )  # fmt: skip
 QUICK = ("vit",)
 COMPILED = ("bert", "lfm2", "mpt", "pegasus", "resnet")
+IN_PIECES = ("parakeet",)
+"""Where what breaks the graph stays one call, and the penalties are in a graph with what follows."""
 WITH_INDUCTOR = ("albert",)
 VISIBLE = {"encodec": 0.09, "recurrent_gemma": 0.28}  # of the layers
 STRENGTH = 0.01  # shows in every gradient
@@ -111,6 +121,14 @@ def _breaks(module: torch.nn.Module, examples: Inputs) -> int:
 def test_a_real_model_compiles_with_no_more_graph_breaks_than_without_rules(name: str) -> None:
     model, examples = ZOO[name].make()
     assert _breaks(regularized(model, examples), examples) <= _breaks(*ZOO[name].make())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_a_real_model_is_in_no_more_pieces_than_without_rules(name: str) -> None:
+    model, examples = ZOO[name].make()
+    gm = regularized(model, examples).train()
+    assert 0 < graph_breaks(gm, examples).count <= graph_breaks(*ZOO[name].make()).count
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fxreg
+from fxreg.writes import Written
 
 from . import settings
 
@@ -174,3 +175,115 @@ def test_nobody_reads_what_was_written_since(writer: Any, reader: Any, examples:
     shared.level = 1.0
     for one in mine:
         torch.testing.assert_close(one, model(ROW), rtol=0, atol=0)
+
+
+class Box:
+    """No code of its own writes what it holds."""
+
+
+class WritesByName(nn.Module):
+    """Runs as it is, and writes by a name that no code says."""
+
+    parts = ("lev", "el")
+
+    def __init__(self, box: Box) -> None:
+        super().__init__()
+        self.box = box
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.write("".join(self.parts), float(x.sum()))
+        return x
+
+    def write(self, name: str, value: float) -> None:
+        settings.put(self.box, name, value)
+
+
+class WritesByParts(WritesByName):
+    def write(self, name: str, value: float) -> None:
+        setattr(self.box, f"{self.parts[0]}el", value)
+
+
+class WritesPastClass(WritesByName):
+    def write(self, name: str, value: float) -> None:
+        object.__setattr__(self.box, name, value)
+
+
+class WritesIntoDictionary(WritesByName):
+    def write(self, name: str, value: float) -> None:
+        vars(self.box)[name] = value
+
+
+class WritesAnother(nn.Module):
+    """Says `level`, and writes another attribute."""
+
+    def __init__(self, box: Box) -> None:
+        super().__init__()
+        self.box = box
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            setattr(self.box, "note", hasattr(self.box, "level"))  # noqa: B010
+        return x
+
+
+class ReadsBox(nn.Module):
+    def __init__(self, box: Any) -> None:
+        super().__init__()
+        self.box, self.linear = box, nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.box.level
+
+
+@pytest.mark.parametrize("writer", [WritesByName, WritesByParts, WritesPastClass, WritesIntoDictionary])
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+def test_nobody_reads_what_was_written_by_name(writer: Any, examples: Any) -> None:
+    box: Any = Box()
+    box.level = 1.0
+    model = nn.Sequential(writer(box), ReadsBox(box))
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    for factor in (2.0, 3.0):
+        box.level = 1.0
+        mine = gm(ROW * factor)
+        box.level = 1.0
+        torch.testing.assert_close(mine, model(ROW * factor), rtol=0, atol=0)
+
+
+def test_an_attribute_set_by_its_name_is_no_other() -> None:
+    box: Any = Box()
+    box.level = 1.0
+    model = nn.Sequential(WritesAnother(box), ReadsBox(box))
+    gm = fxreg.transform(model, L1)
+    assert [*fxreg.explain(gm).opaque] == ["0"]
+    torch.testing.assert_close(gm(ROW), model(ROW), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("x.gain = 1", "gain"),
+        ("setattr(x, 'gain', 1)", "gain"),
+        ("setattr(x.y[0].z(1, 'shift'), 'gain', f(1, 'shift', x))", "gain"),
+        ("delattr(x, 'gain')", "gain"),
+        ("setattr(x, f'{y}ain', 1)", "gain main"),
+        ("setattr(x, f'g{y + 1!r:>{z}}n', 'shift')", "gain green"),
+        ("setattr(x, f'{y}', 1)", "gain green main shift"),
+        ("setattr(x, 'ga' + y, 1)", "gain green main shift"),
+        ("setattr(x, y, 'gain')", "gain green main shift"),
+        ("setattr(x, 'gain' if y else z, 1)", "gain green main shift"),
+        ("setattr(*x)", "gain green main shift"),
+        ("f(setattr, x, 'gain')", "gain green main shift"),
+        ("put = setattr; put(x, 'gain', 1)", "gain green main shift"),
+        ("import builtins; builtins.setattr(x, 'gain', 1)", "gain green main shift"),
+        ("getattr(y, 'setattr')(x, 'gain', 1)", "gain green main shift"),
+        ("x.__dict__.update(gain=1)", "gain green main shift"),
+        ("(lambda: setattr(x, y, 1))()", "gain green main shift"),
+        ("y.gain", ""),
+    ],
+)
+def test_names_that_code_may_write(body: str, expected: str) -> None:
+    space: dict[str, Any] = {}
+    exec(f"def function(x, y, z, f):\n    {body}", space)
+    written = Written.by([space["function"]])
+    assert written.among(["gain", "green", "main", "shift"]) == {*expected.split()}
