@@ -204,6 +204,16 @@ def expect_tensor(value: Any, what: str) -> Any:
     return value
 
 
+def expect_some(value: Any, what: str) -> Any:
+    """The value; an error if it is None, which is not what capture took it for."""
+    if value is None:
+        raise CaptureError(
+            f"{what} is None, but the model was captured for something else. Capture it with example_inputs= of the "
+            "kind you call it with."
+        )
+    return value
+
+
 def expect_like(value: Any, kind: Any, what: str) -> Any:
     """The value; an error unless it has tensors, and nothing, where it had them when the model was captured."""
     if likeness(value) != kind:

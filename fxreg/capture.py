@@ -249,8 +249,9 @@ def _trace(tracer: SoundTracer, arguments: tuple[Argument, ...]) -> fx.Graph:
 
     result = tracer.trace_root(run)
     for argument in arguments:
-        if argument.is_open and (argument.name in _undecided(arguments) or tracer.must_assert(nodes[argument.name])):
-            tracer.expect(nodes[argument.name], f"argument {argument.name!r}")
+        node = nodes.get(argument.name)
+        if node and (argument.name in _undecided(arguments) or tracer.expectations.must_be_tensor(node)):
+            tracer.expectations.expect(node, f"argument {argument.name!r}")
     tracer.graph.output(result)
     return tracer.graph
 

@@ -40,6 +40,13 @@ _MENTIONS = {
     "delattr": _BY_NAME,
     "Thread": "starts a thread",
     "ThreadPoolExecutor": "starts a thread",
+    "are_deterministic_algorithms_enabled": "reads a global mode",
+    "get_float32_matmul_precision": "reads a global mode",
+    "get_num_threads": "reads a global mode",
+    "environ": "reads the environment",
+    "getenv": "reads the environment",
+    "_getframe": "looks at who calls it",
+    "currentframe": "looks at who calls it",
 }
 _COMPILING = {torch.compiler.is_compiling.__code__, torch.compiler.is_dynamo_compiling.__code__}
 _TRACING = {torch.compiler.is_exporting.__code__, torch.jit.is_tracing.__code__}  # type: ignore[attr-defined]
@@ -52,7 +59,6 @@ _QUESTIONS = {
     torch._C._is_any_autocast_enabled: "reads autocast",
     torch.get_autocast_dtype: "reads autocast",
     torch.get_default_dtype: "reads the default dtype",
-    torch.are_deterministic_algorithms_enabled: "reads a global mode",
     time.time: "reads the clock",
     time.perf_counter: "reads the clock",
     time.monotonic: "reads the clock",
@@ -222,6 +228,8 @@ def _flagged(code: types.CodeType) -> dict[int, str]:
                 or _is_of_builtins(instructions[position - 1])
             ):
                 found[instruction.offset] = _MENTIONS[argument]
+        elif name == "LOAD_DEREF" and argument == "__class__" and instructions[position + 1].opname == "LOAD_ATTR":
+            found[instruction.offset] = "asks for its own class"
         elif name in _INSTRUCTIONS:
             found[instruction.offset] = f"{_INSTRUCTIONS[name]} {argument!r}"
         elif name == "STORE_DEREF" and argument in code.co_freevars:

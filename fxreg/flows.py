@@ -24,7 +24,7 @@ _VIEWS = {
     "diagonal", "unfold", "as_strided", "real", "imag", "H", "mH", "data",
 }  # fmt: skip
 _RESHAPING_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten)
-_PASSING = (calls.expect_tensor, calls.expect_like)
+_PASSING = (calls.expect_tensor, calls.expect_some, calls.expect_like)
 _CHECKS = (calls.passes, calls.expect_same, calls.expect_assumed, calls.expect_default, calls.expect_given)
 _DATA = (calls.by_mode, calls.make, calls.unpack, calls.take_inputs, calls.give_output)
 _OURS = (*_PASSING, *_CHECKS, *_DATA)

@@ -4,8 +4,10 @@ import enum
 import functools
 import sys
 import types
+import weakref
 from collections import deque
 from collections.abc import Mapping, Set
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -57,6 +59,10 @@ def _frozen(value: Any, around: tuple[int, ...]) -> Any:
             return ("method", *each((value.__func__, value.__self__)))
         case functools.partial():
             return ("partial", *each((value.func, value.args, value.keywords)))
+        case ContextVar():
+            return (_name(kind), each((value.get(None),)))
+        case weakref.ref():
+            return ("weakref", each((value(),)))
         case list() | tuple() | deque():
             parts: Any = each(value)
         case Mapping():

@@ -3,7 +3,9 @@
 import enum
 import functools
 import types
+import weakref
 from collections import deque
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -45,6 +47,10 @@ def is_as_frozen(now: Any, then: Any, depth: int = _DEEP) -> bool:
         return isinstance(now, types.MethodType) and _are([now.__func__, now.__self__], then[1:], depth)
     if tag == "partial":
         return isinstance(now, functools.partial) and _are([now.func, now.args, now.keywords], then[1:], depth)
+    if tag == "weakref":
+        return isinstance(now, weakref.ref) and _are([now()], then[1], depth)
+    if isinstance(now, ContextVar):
+        return _are([now.get(None)], then[1], depth)
     if len(then) == 4:
         return hasattr(now, "dtype") and _is_array(now, then)
     if f"{type(now).__module__}.{type(now).__qualname__}" != tag:

@@ -4,6 +4,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def _on_modules(tracer: Any, called: list[nn.Module]) -> list[tuple[Any, str, An
         value = plain_read(module, name)
         if name in _INTERNAL:
             return value
-        own = type(value) in _PLAIN or name in plain_read(module, "__dict__")  # or a default of the class
+        own = type(value) in _PLAIN or name in plain_read(module, "__dict__") or _is_of_class(module, name, value)
         if own and _ours(tracer):
             tracer.note_read(module, name, value)
         return value
@@ -154,6 +155,11 @@ def _on_questions(tracer: Any) -> list[tuple[Any, str, Any]]:
         (torch.autograd.function, "_is_setup_context_defined", "calls a custom autograd.Function"),
     ]
     return [(owner, name, _refusing(tracer, vars(owner)[name], what)) for owner, name, what in refused]
+
+
+def _is_of_class(module: nn.Module, name: str, value: Any) -> bool:
+    """Whether an attribute is a default that the class keeps, and nothing that it makes for the instance."""
+    return type(value) is not MethodType and any(vars(kind).get(name) is value for kind in type(module).__mro__)
 
 
 def _refusing(tracer: Any, original: Callable[..., Any], what: str) -> Callable[..., Any]:

@@ -6,10 +6,9 @@ from torch.nn.modules import module as module_globals
 
 from .hearing import has_own_forward
 from .scanning import untraceable_reason
-from .side_channels import HOOKS, has_hooks
+from .side_channels import GLOBAL_HOOKS, HOOKS, has_hooks
 
 _LAYERS = ("torch.nn.modules.", "torch.nn.utils.parametrize", "torch.ao.nn.")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -35,7 +34,7 @@ def whole_reason(module: nn.Module, runs: bool = False) -> str | None:
         return "has hooks"
     if has_own_forward(module) or "__call__" in own:
         return "has a forward of its own instance"
-    if any(getattr(module_globals, hooks) for hooks in _GLOBAL_HOOKS):
+    if any(getattr(module_globals, hooks) for hooks in GLOBAL_HOOKS):
         return "global module hooks are registered"
     if isinstance(module, fx.GraphModule):
         return None

@@ -70,7 +70,8 @@ class Glance:
         """What must be the same, and where the parameters are."""
         owned: list[dict[str, Any]] = [module._modules for module in self._owners]
         held: list[dict[str, Any]] = [module._parameters for module in self._modules]
-        return ([*map(type, self._modules)], [*map(tuple, owned)], _identities(owned), [*map(tuple, held)]), held
+        names = [[tuple(each.keys()) for each in some] for some in (owned, held)]  # of a scripted module no dict
+        return ([*map(type, self._modules)], *names, _identities(owned)), held
 
 
 def _identities(held: Iterable[dict[str, Any]]) -> list[int]:

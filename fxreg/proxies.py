@@ -12,6 +12,8 @@ from torch.fx.proxy import Attribute
 from .calls import unpack
 from .hidden_uses import inside
 
+_MAY_BE_NONE = {"grad", "grad_fn", "_grad", "_grad_fn", "_base", "_backward_hooks", "_post_accumulate_grad_hooks"}
+
 
 class Untraceable(BaseException):
     """A graph cannot hold what the forward did. No `Exception`: a forward's own `except` must not swallow it."""
@@ -21,6 +23,7 @@ class TracedValue(fx.Proxy):
     """A proxy that refuses every question about its value that tracing cannot answer."""
 
     tracer: Any
+    __call__: Any = None  # as a tensor cannot be called
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # what isinstance() asks once the real type has said no
@@ -31,6 +34,8 @@ class TracedValue(fx.Proxy):
             raise AttributeError(name)
         if not hasattr(Tensor, name):
             self.tracer.give_up(f"asks for attribute {name!r}, which a tensor does not have")
+        if name in _MAY_BE_NONE:
+            self.tracer.give_up(f"asks for attribute {name!r}, which may be None")
         return _TracedAttribute(self, name)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -61,6 +66,8 @@ class TracedValue(fx.Proxy):
 
 class _TracedAttribute(TracedValue, Attribute):
     """`value.name`, a node only once it is used other than by being called."""
+
+    __call__ = Attribute.__call__
 
     def __init__(self, root: TracedValue, attr: str) -> None:
         Attribute.__init__(self, root, attr)

@@ -92,10 +92,11 @@ def _roots(gm: nn.Module, state: State) -> list[nn.Module]:
 
 
 def _difference(gm: nn.Module, state: State, meaning: Meaning) -> str | None:
+    children = dict(state.model._modules.items())  # of a scripted model no dict
     for root in _roots(gm, state):
         own = {name: child for name, child in root._modules.items() if name != CHILD}
-        for name in {**own, **state.model._modules}:
-            if own.get(name, ...) is not state.model._modules.get(name, ...):
+        for name in {**own, **children}:
+            if own.get(name, ...) is not children.get(name, ...):
                 return f"its module {name!r} is not the emitted module's"
     now = layout_of(state.model)
     if now == meaning.layout:

@@ -46,6 +46,17 @@ _ASKS = {
     "is_exporting": "asks whether it is exported",
     "is_tracing": "asks whether it is traced",
     "is_any_autocast_enabled": "reads autocast",
+    "has_torch_function": "asks whether it is traced",
+    "has_torch_function_unary": "asks whether it is traced",
+    "has_torch_function_variadic": "asks whether it is traced",
+    "_getframe": "looks at who calls it",
+    "currentframe": "looks at who calls it",
+    "getsizeof": "asks how large an object is",
+    "dir": "asks for the names of attributes",
+    "environ": "reads the environment",
+    "getenv": "reads the environment",
+    "get_num_threads": "reads a global mode",
+    "get_float32_matmul_precision": "reads a global mode",
     "get_default_dtype": "reads the default dtype",
     "are_deterministic_algorithms_enabled": "reads a global mode",
     "setattr": "sets an attribute by name",
@@ -286,6 +297,8 @@ def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
             return _ASKS[argument]
         if name == "LOAD_GLOBAL" and (asks := _asks_under_another_name(space.get(argument))):
             return asks
+        if name == "LOAD_DEREF" and argument == "__class__" and instructions[position + 1].opname == "LOAD_ATTR":
+            return _ASKS["__class__"]
         if name == "STORE_DEREF" and argument in code.co_freevars:
             return f"writes the variable {argument!r} of an enclosing function"
         if name not in _OPCODES or (name == "IS_OP" and instructions[position - 1].argval is None):

@@ -23,6 +23,7 @@ from .snapshots import Snapshot
 from .writes import Written
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules import module as module_globals
 
+from .enclosed import names_in_code
 from .errors import CaptureError
 from .freezing import frozen
 from .guarding import is_as_frozen
-from .hearing import has_own_forward
+from .hearing import has_own_forward, untold
 from .outside import Outside, read_outside
-from .side_channels import HOOKS
+from .scanning import is_library
+from .side_channels import GLOBAL_HOOKS, HOOKS
 from .structure import PLAIN, alike
 from .witnesses import Witness
 
@@ -31,6 +34,7 @@ class Remembered:
         hooks: its hooks of each kind; None where only its class's forward is in the graph, whatever is
             done around it.
         children: the names of its children, and of those in its lists and dicts of modules.
+        methods: the functions of its class that traced code may have called, by name.
         outside: of the root, what all traced code reads outside the modules.
         witness: has seen the values.
     """
@@ -41,6 +45,7 @@ class Remembered:
     parameters: tuple[str, ...]
     hooks: tuple[Any, ...] | None = ()
     children: tuple[Any, ...] = ()
+    methods: tuple[tuple[str, Any], ...] = ()
     outside: tuple[Outside, ...] = ()
     witness: Witness = field(default_factory=Witness, compare=False, repr=False)
 
@@ -54,6 +59,9 @@ def remember(
     """What to compare later: of the root, of the traced modules by path, and of what they, or code, read."""
     modules = modules or {}
     values: dict[str, dict[str, Any]] = {path: {} for path in ("", *modules)}
+    codes = [*codes]
+    mentioned = sorted({"forward"}.union(*(names_in_code(code).attributes for code, _ in codes)))
+    methods = _methods(map(type, modules.values()), mentioned)
     objects: set[int] = set()  # one object, a configuration say, may be everybody's: once is enough
     for (_, path, name), value in reads:
         if id(value) not in objects:
@@ -68,6 +76,7 @@ def remember(
             _own_parameters(modules.get(path, root if not path else None)),
             _hooks(modules[path]) if path in modules else (),
             _children(modules[path]) if path in modules else (),
+            _not_hidden(methods[type(modules[path])], modules[path]) if path in modules else (),
             () if path else read_outside(codes),
         )
         for path, found in values.items()
@@ -89,6 +98,9 @@ def check_unchanged(
     for name, child in model._modules.items():
         if children.get(name) is not child:
             raise _changed((name,), "was replaced")
+    remembered = [*remembered]
+    if values and any(one.kind for one in remembered) and _has_global_hooks():
+        raise _changed((), "is called with global hooks on modules")
     for one in remembered:
         module: Any = model
         for part in one.path:
@@ -115,6 +127,12 @@ def check_guarded(
             raise _changed(one.path, what)
 
 
+def _has_global_hooks() -> bool:
+    """Whether hooks on all modules are registered, other than torch's own, which count and look."""
+    hooks = (hook for kind in GLOBAL_HOOKS for hook in getattr(module_globals, kind).values())
+    return any(not is_library(getattr(hook, "__module__", None)) for hook in hooks)
+
+
 def _guarded_difference(module: nn.Module, then: Remembered, values: bool) -> str | None:
     if then.kind:
         if _kind(module) != then.kind:
@@ -132,6 +150,15 @@ def _guarded_difference(module: nn.Module, then: Remembered, values: bool) -> st
                         return "has other hooks"
         if not _has_children(module, then.children):
             return "has other children"
+        if values and then.hooks is not None:
+            for name, method in then.methods:
+                if isinstance(
+                    getattr(type(module), name, None), types.FunctionType
+                ):  # of a property Dynamo sees nothing
+                    found: Any = getattr(module, name)
+                    found = found.__func__ if inspect.ismethod(found) else found
+                    if not isinstance(found, types.FunctionType) or not is_as_frozen(found.__code__, method[2]):
+                        return f"has another {name!r}"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
     for name, value in then.values if values else ():
@@ -158,6 +185,8 @@ def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None
             return "has other hooks"
         if _children(module) != then.children:
             return "has other children"
+        if values and then.hooks is not None and (other := _other_method(module, then)):
+            return f"has another {other!r}"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
     for name, value in then.values if values else ():
@@ -167,6 +196,44 @@ def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None
     for outside in then.outside if values else ():
         if not then.witness.agrees(outside.name, outside.now(), outside.value):
             return f"reads {outside.name!r}, which is another now"
+    return None
+
+
+def _methods(kinds: Iterable[type], mentioned: Iterable[str]) -> dict[type, tuple[tuple[str, Any], ...]]:
+    """Those functions of each class that have one of these names, outside well-known libraries."""
+    found: dict[type, tuple[tuple[str, Any], ...]] = {}
+    for kind in dict.fromkeys(kinds):
+        own = ((name, _method(kind, name)) for name in mentioned)
+        found[kind] = tuple((n, frozen(one)) for n, one in own if one is not None and not is_library(one.__module__))
+    return found
+
+
+def _method(kind: type, name: str) -> types.FunctionType | None:
+    """A function in a class, also behind a property or a static method."""
+    found: Any = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+    if isinstance(found, property):
+        found = found.fget
+    found = untold(getattr(found, "__func__", found))
+    return found if isinstance(found, types.FunctionType) else None
+
+
+def _not_hidden(methods: tuple[tuple[str, Any], ...], module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The methods that a module does not have an attribute of its own in the place of."""
+    own = vars(module)
+    return tuple(one for one in methods if one[0] not in own) if any(n in own for n, _ in methods) else methods
+
+
+def _other_method(module: nn.Module, then: Remembered) -> str | None:
+    """The name of a method that is another now: of the class, or of the instance, which has its own."""
+    own = vars(module)
+    for name, before in then.methods:
+        if name in own and name != "forward":  # which is asked for by itself
+            return name
+        now = _method(type(module), name)
+        if not then.witness.knows(name, now):
+            if not alike(frozen(now), before):
+                return name
+            then.witness.meets(name, now)
     return None
 
 

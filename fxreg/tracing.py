@@ -7,9 +7,7 @@ nodes, and any tensor computed at trace time is a reason to give up.
 """
 
 import functools
-import itertools
 import math
-import operator
 import threading
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,8 +18,9 @@ from torch import Tensor, fx, nn
 from torch.fx import immutable_collections
 from torch.overrides import TorchFunctionMode
 
-from .calls import expect_tensor, passes
+from .calls import passes
 from .executing import entering, unwatched
+from .expecting import Expectations
 from .interception import intercepted
 from .layers import ambient_state, described, is_layer, is_plain_layer, tensor_paths, whole_reason
 from .proxies import TracedValue, Untraceable, holds_proxy, proxies_in
@@ -34,7 +33,6 @@ _CONTAINERS = (
     tuple, list, dict, torch.Size, immutable_collections.immutable_list, immutable_collections.immutable_dict
 )  # fmt: skip
 _PLAIN = {tuple, list, dict, bool, int, float, str, type(None)}
-_ACCEPT_NONE = {operator.eq, operator.ne, operator.is_, operator.is_not, operator.contains}
 
 
 class _NoTensorWork(TorchFunctionMode):
@@ -78,8 +76,7 @@ class SoundTracer(fx.Tracer):
         self._poison: str | None = None
         self._says: dict[tuple[int, int], tuple[str | None, bool]] = {}  # of code and its globals, by identity
         self._asked_none = False
-        self._opaque_results: dict[fx.Node, str] = {}
-        self._asked_type: set[fx.Node] = set()
+        self.expectations = Expectations(root, self.graph)
         self._scope: list[tuple[str, dict[str, tuple[str, type]]]] = [("", {})]
         self._watches = watches
         self._forced = forced
@@ -114,12 +111,12 @@ class SoundTracer(fx.Tracer):
     def claimed_type(self, value: TracedValue) -> type:
         if value.node.op != "placeholder":
             self.give_up("asks isinstance of a value whose type is not known before it runs")
-        self._asked_type.add(value.node)
+        self.expectations.asked_type.add(value.node)
         return Tensor
 
     def check_known_structure(self, value: TracedValue) -> None:
-        if value.node in self._opaque_results:
-            self.give_up(f"takes apart what opaque {self._opaque_results[value.node]!r} returns")
+        if path := self.expectations.opaque_results.get(value.node):
+            self.give_up(f"takes apart what opaque {path!r} returns")
 
     def proxy(self, node: fx.Node) -> TracedValue:
         return TracedValue(node, self)
@@ -241,8 +238,8 @@ class SoundTracer(fx.Tracer):
             return self._call(path, module, args, kwargs)  # torch's own layers: what people know the model by
         reason = self._forced.get(path) or whole_reason(module)
         if reason is None:
-            before, asked, heard = self._last(), set(self._asked_type), self.ledger.mark()
-            known, results = len(self.opaque), len(self._opaque_results)
+            before, expected, heard = self._last(), self.expectations.mark(), self.ledger.mark()
+            known = len(self.opaque)
             try:
                 return self.run_traced(module, path, run, args, kwargs, reach)
             except (Untraceable, Exception) as error:
@@ -252,9 +249,8 @@ class SoundTracer(fx.Tracer):
                     self._put_back(reach)
                 self._roll_back(before)
                 self.ledger.forget(heard)
-                self._asked_type = asked
+                self.expectations.forget(expected)
                 shorten(self.opaque, known)
-                shorten(self._opaque_results, results)
         return self._call_opaque(path, module, reason, args, kwargs)
 
     def _call_opaque(self, path: str, module: nn.Module, reason: str, args: Any, kwargs: Any) -> Any:
@@ -265,7 +261,7 @@ class SoundTracer(fx.Tracer):
             self._suspect(module)
         self.ledger.runs(path, module)
         result = self._call(path, module, args, kwargs)
-        self._opaque_results[result.node] = path
+        self.expectations.opaque_results[result.node] = path
         return result
 
     def _suspect(self, module: nn.Module) -> None:
@@ -309,7 +305,8 @@ class SoundTracer(fx.Tracer):
             self.check_poison()
             if self._watches and (changed := self._put_back(reach)):
                 self.give_up(changed)
-            self._check_opaque_results(last, self._asked_none or asks_for_none(module))
+            if self._asked_none or asks_for_none(module):
+                self._check_none(last, (args, kwargs))
             return result
         finally:
             self._asked_none = asked_none
@@ -329,29 +326,9 @@ class SoundTracer(fx.Tracer):
             set_rng_state(self._rng)
         return what
 
-    def _check_opaque_results(self, last: fx.Node | None, asks_none: bool) -> None:
-        """A forward whose code asks `x is None` may have asked it of what an opaque module returned, and no proxy can
-        see that: each such value is asserted to be a tensor. Other code can only pass it on."""
-        if not asks_none:
-            return
-        recent = itertools.takewhile(lambda node: last is None or node > last, reversed(self._opaque_results))
-        for node in reversed([*recent]):
-            path = self._opaque_results[node]
-            if all(user.target is passes for user in node.users):
-                self.give_up(f"returns or discards what opaque {path!r} returns, and asks whether it is None")
-            self.expect(node, f"what {path!r} returned")
-            del self._opaque_results[node]
-
-    def expect(self, node: fx.Node, what: str) -> None:
-        """Assert at run time that a value is a tensor."""
-        with self.graph.inserting_after(node):
-            checked = self.graph.call_function(expect_tensor, (node, what))
-        checked.meta.update(is_wrapped=True, nn_module_stack=dict(node.meta.get("nn_module_stack", {})))
-        node.replace_all_uses_with(checked, delete_user_cb=lambda user: user is not checked)
-
-    def must_assert(self, node: fx.Node) -> bool:
-        """Whether a value was asked for its type, or may be None without anything noticing."""
-        return node in self._asked_type or not _enforces_tensor(node)
+    def _check_none(self, last: fx.Node | None, given: Any) -> None:
+        if cannot := self.expectations.asks_none(last, [value.node for value in proxies_in(given)]):
+            self.give_up(cannot)
 
     def _last(self) -> fx.Node | None:
         return next(iter(reversed(self.graph.nodes)), None)
@@ -378,21 +355,3 @@ class SoundTracer(fx.Tracer):
 
 def _holds_mutable(values: Iterable[Any]) -> bool:
     return any(type(value) in (list, dict, set) or (type(value) is tuple and _holds_mutable(value)) for value in values)
-
-
-def _enforces_tensor(node: fx.Node) -> bool:
-    """Whether some use of the value fails by itself when the value is None."""
-    for user in node.users:
-        first = bool(user.args) and user.args[0] is node
-        match user.op:
-            case "call_method" if first:
-                return True
-            case "call_function" if user.target in _ACCEPT_NONE or user.target is expect_tensor:
-                continue
-            case "call_function" if first or getattr(user.target, "__module__", "") == "_operator":
-                return True
-            case "call_module" if first and str(user.meta["nn_module_stack"][user.target][1].__module__).startswith(
-                "torch."
-            ):
-                return True
-    return False

@@ -31,10 +31,19 @@ class Witness:
     """
 
     def __init__(self) -> None:
+        self._functions: dict[str, Any] = {}
         self._seen: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Witness, ())
+
+    def knows(self, name: str, function: Any) -> bool:
+        """Whether a function is the one that was met under its name; of such only the identity counts."""
+        return self._functions.get(name, self) is function
+
+    def meets(self, name: str, function: Any) -> None:
+        """A function was compared, and agrees."""
+        self._functions[name] = function
 
     def agrees(self, name: str, now: Any, then: Any) -> bool:
         """Whether the value under a name is as it was frozen."""

@@ -5,17 +5,20 @@ checks that it does, so that no entry is here by mistake. What each entry demand
 module is the model plus its penalty, or there is an `FxregError`, and then the entry says why that is right.
 """
 
-import collections
+import collections.abc
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import enum
 import functools
 import itertools
 import math
+import os
 import random
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -1141,6 +1144,18 @@ class IsCallable(Net):
         return self.fc(x) * 2 if callable(x) else self.fc(x) * self.w
 
 
+@case("whether torch's functions would be overridden for a value")
+class AsksForOverrides(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * (self.w if torch.overrides.has_torch_function((x,)) else 2.0)
+
+
+@case("whether a value can be called, by an abstract class")
+class AbstractlyCallable(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * (self.w if isinstance(x, collections.abc.Callable) else 2.0)
+
+
 @case("a question whether this is being traced")
 class AsksForProxies(Net):
     def forward(self, x: Tensor) -> Tensor:
@@ -1265,6 +1280,124 @@ class OpaqueNone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.child(x)
         return self.fc(x) if y is None else F.linear(self.fc(x), self.fc.weight, y.mean(0))
+
+
+def _with_and_without() -> list[Call]:
+    return [((torch.ones(2, 3), torch.ones(3)),), ((torch.ones(2, 3), None),)]
+
+
+_ITEM = {"refusal": "it was captured for a tensor", "nests": False}
+
+
+@case("a part of an argument compared with None", inputs=_with_and_without, **_ITEM)
+class PairNone(Net):
+    def forward(self, pair: Any) -> Tensor:
+        y = self.fc(pair[0])
+        return y if pair[1] is None else y * self.w
+
+
+@case("parts of an argument, unpacked, one compared with None", inputs=_with_and_without, **_ITEM)
+class UnpackedNone(Net):
+    def forward(self, pair: Any) -> Tensor:
+        x, weight = pair
+        return self.fc(x) if weight is None else self.fc(x) * self.w
+
+
+@case(
+    "an entry of an argument compared with None by a function",
+    inputs=lambda: [({"x": x, "mask": mask},) for ((x, mask),) in _with_and_without()],
+    **_ITEM,
+)
+class EntryNone(Net):
+    def forward(self, batch: Any) -> Tensor:
+        return self.fc(batch["x"]) * (2.0 if is_nothing(batch["mask"]) else self.w)
+
+
+def is_nothing(value: Any) -> bool:
+    return value is None
+
+
+class _AsksForNone(Net):
+    def forward(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return self.fc(x) if weight is None else self.fc(x) * self.w
+
+
+@case("a part of an argument that a child compares with None", inputs=_with_and_without, **_ITEM)
+class PairToChild(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = _AsksForNone()
+
+    def forward(self, pair: Any) -> Tensor:
+        return self.child(pair[0], pair[1])
+
+
+@case("what an opaque child returns, compared with None by another", refusal="it was captured for a tensor")
+class OpaqueToChild(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = OpaqueNone.Sometimes(), _AsksForNone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x, self.first(x))
+
+
+@case(
+    "what a layer that passes everything on returns, compared with None",
+    inputs=lambda: [call[0] for call in _with_and_without()],
+    **_ITEM,
+)
+class PassedOnNone(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut = nn.Identity()
+
+    def forward(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return self.fc(x) if self.shortcut(weight) is None else self.fc(x) * self.w
+
+
+@case(
+    "an index that may be None",
+    inputs=lambda: [(torch.ones(2, 3), torch.tensor([0, 1])), (torch.ones(2, 3), None)],
+    **_ITEM,
+)
+class IndexNone(Net):
+    def forward(self, x: Tensor, index: Tensor | None) -> Tensor:
+        y = self.fc(x)[index]
+        return y if index is None else y * self.w
+
+
+@case("what one of torch's functions returns, compared with None", refusal="it was captured for a tensor")
+class FunctionNone(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Parameter(torch.randn(9, 3)), nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        found = F.multi_head_attention_forward(
+            x, x, x, 3, 1, self.qkv, None, None, None, False, 0.0, self.out, None, need_weights=False
+        )
+        return found[0] if found[1] is None else found[0] * self.w
+
+
+@case("whether a value has a gradient function")
+class GradientFunctionNone(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return y if y.grad_fn is None else y * self.w
+
+
+@case("whether a parameter has a gradient")
+class GradientNone(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if self.w.grad is None else self.fc(x) * self.w
+
+
+@case("whether a value is a view")
+class BaseNone(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) if x._base is None else self.fc(x) * self.w
 
 
 @case("the identity of what a layer returns")
@@ -2024,6 +2157,121 @@ class Temperature(Net):
 def _new_head(model: nn.Module) -> None:
     torch.manual_seed(5)
     model.fc = nn.Linear(3, 3)
+
+
+class _Patched:
+    """What is set on a class later, and put back."""
+
+    def __init__(self, name: str, before: Any, behind: Any) -> None:
+        self.name, self.before, self.behind = name, before, behind
+
+    def case(self, note: str) -> Any:
+        def enter(kind: type[nn.Module]) -> Any:
+            def put(value: Any) -> None:
+                setattr(kind, self.name, value)
+
+            return case(
+                note,
+                later=lambda model: put(self.behind),
+                reset=lambda: put(self.before),
+                refusal="it changed after the capture",
+            )(kind)
+
+        return enter
+
+
+def _by_weight(self: Any, x: Tensor) -> Tensor:
+    return F.dropout(self.fc(x), 0.5, self.training) * self.w
+
+
+def _by_twice_the_weight(self: Any, x: Tensor) -> Tensor:
+    return F.dropout(self.fc(x), 0.5, self.training) * self.w * 2
+
+
+@_Patched("forward", _by_weight, _by_twice_the_weight).case("the forward of a class replaced later")
+class ForwardReplaced(Net):
+    pass
+
+
+@_Patched("scaled", _by_weight, _by_twice_the_weight).case("a method of a class replaced later")
+class MethodReplaced(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(x)
+
+
+@_Patched("scaled", property(lambda self: self.w), property(lambda self: self.w * 2)).case("a property replaced later")
+class PropertyReplaced(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.fc(x), 0.5, self.training) * self.scaled
+
+
+@_Patched("scales", [2.0, 3.0], [2.0, 4.0]).case("a list of a class's replaced later")
+class ListReplaced(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.fc(x), 0.5, self.training) * self.w * self.scales[1]
+
+
+@_Patched("scale", 2.0, 3.0).case("a number of a class's, by the name that methods have for it")
+class OwnClassNumber(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.fc(x), 0.5, self.training) * self.w * __class__.scale  # type: ignore[name-defined]
+
+
+@case(
+    "a method replaced later on the instance",
+    later=lambda m: setattr(m, "scaled", lambda x: x * 2),
+    refusal="it changed after the capture",
+)
+class MethodOnInstance(Net):
+    def scaled(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training) * self.w
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.fc(x))
+
+
+_SCALE = contextvars.ContextVar("scale", default=2.0)
+
+
+@case(
+    "a context variable set later",
+    later=lambda m: _SCALE.set(3.0),
+    reset=lambda: _SCALE.set(2.0),
+    refusal="it changed after the capture",
+)
+class ReadsContext(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.fc(x), 0.5, self.training) * self.w * _SCALE.get()
+
+
+@case(
+    "the environment, changed later",
+    later=lambda m: os.environ.update(FXREG_TEST_SCALE="3"),
+    reset=lambda: os.environ.update(FXREG_TEST_SCALE="2"),
+)
+class ReadsEnvironment(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.fc(x), 0.5, self.training) * self.w * float(os.environ["FXREG_TEST_SCALE"])
+
+
+class _Held:
+    scale = 2.0
+
+
+@case(
+    "an object behind a weak reference, changed later",
+    later=lambda m: setattr(m.kept[0], "scale", 3.0),
+    refusal="it changed after the capture",
+)
+class WeaklyHeld(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [_Held()]
+        self.held = weakref.ref(self.kept[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.held()
+        return F.dropout(self.fc(x), 0.5, self.training) * self.w * held.scale
 
 
 @case("a child replaced later", later=_new_head, refusal="it changed after the capture")

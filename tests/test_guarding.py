@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxreg
 
@@ -270,3 +272,56 @@ def test_another_module_in_a_list_is_noticed(which: Any, is_compiled: bool) -> N
     which(model).append(nn.Tanh())
     with pytest.raises(Exception, match="has other children"):
         run(ROW)
+
+
+class Methodical(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.linear(x))
+
+
+def trebled(self: Any, x: Tensor) -> Tensor:
+    return x * 3
+
+
+METHODS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "of the class": ("scaled", lambda model: setattr(type(model), "scaled", trebled)),
+    "forward": ("forward", lambda model: setattr(type(model), "forward", trebled)),
+    "of the instance": ("scaled", lambda model: setattr(model, "scaled", lambda x: x * 3)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [None, (ROW,)], ids=["", "recorded"])
+def test_another_method_is_noticed(name: str, is_compiled: bool, examples: Any) -> None:
+    torch.compiler.reset()
+    model = type("Own", (Methodical,), {})()
+    what, change = METHODS[name]
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    called: Any = torch.compile(gm, backend="eager", fullgraph=True) if is_compiled else gm
+    for _ in range(2):
+        torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
+    change(model)
+    with pytest.raises(Exception, match=f"the model changed since it was captured: it has another {what!r}"):
+        called(ROW)
+
+
+def test_hooks_on_all_modules_are_noticed_unless_they_are_torchs_own() -> None:
+    model = nn.Sequential(Methodical())
+    gm = fxreg.transform(model, L1)
+    handle = register_module_forward_hook(lambda module, args, output: output * 2)
+    try:
+        with pytest.raises(fxreg.CaptureError, match="it is called with global hooks on modules"):
+            gm(ROW)
+    finally:
+        handle.remove()
+    with FlopCounterMode(display=False) as counted:
+        gm(ROW)
+    assert counted.get_total_flops() > 0
