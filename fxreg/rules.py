@@ -254,7 +254,8 @@ def _choice(literal: Any) -> str:
 def _checked_pattern(pattern: object, field: str, who: str) -> str:
     """A pattern as text; a compiled one becomes the `"re:…"` that says the same."""
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
-        flags = "".join(letter for letter, flag in _FLAGS.items() if pattern.flags & flag)
+        more = pattern.flags & ~re.compile(pattern.pattern).flags  # than the text says itself
+        flags = "".join(letter for letter, flag in _FLAGS.items() if more & flag)
         return f"{_REGEX}(?{flags}){pattern.pattern}" if flags else f"{_REGEX}{pattern.pattern}"
     if not isinstance(pattern, str):
         raise RuleError(f"{who}: {field} must be a glob or a compiled pattern of str, got {pattern!r}.")

@@ -13,6 +13,7 @@ from torch import nn
 
 import fxreg
 from fxreg.command import main
+from fxreg.effects import registry
 
 MODULE = """
 import torch, fxreg
@@ -55,6 +56,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != os.getcwd()])
     for name in [name for name in sys.modules if name.startswith("command_case")]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(registry, "command_sum", raising=False)
     return tmp_path
 
 

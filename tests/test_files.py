@@ -33,6 +33,12 @@ def files_name(weight: Tensor, *, name: str = "x", on: bool = True, powers: tupl
     return weight.sum()
 
 
+@fxreg.penalty
+def files_two(weight: Tensor, *, far: fxreg.Strength = 0.5, near: fxreg.Strength = 0.25) -> Tensor:  # type: ignore[assignment]
+    """Strengths that have defaults."""
+    return far * weight.sum() + near * weight.square().sum()
+
+
 def written(folder: Path, text: str, suffix: str = ".toml") -> Path:
     path = folder / f"rules{suffix}"
     path.write_text(text, encoding="utf-8")
@@ -221,6 +227,16 @@ any_rules = st.builds(
     label=st.none() | st.text(min_size=1, max_size=8),
     optional=st.booleans(),
 )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [({}, {}), ({"far": 1.0}, 1.0), ({"near": 1.0}, {"near": 1.0}), ({"far": 2, "near": 1}, {"far": 2.0, "near": 1.0})],
+)
+def test_strengths_at_their_defaults_are_left_out(arguments: dict[str, float], said: Any, tmp_path: Path) -> None:
+    rule = fxreg.Rule(files_two(**arguments))
+    assert again(tmp_path, rule, ".json") == [rule]
+    assert json.loads((tmp_path / "again.json").read_text()) == {"rules": [{"effect": {"files_two": said}}]}
 
 
 @pytest.mark.slow
