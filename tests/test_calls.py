@@ -93,3 +93,16 @@ def test_an_embedding_that_writes_its_weight_is_refused() -> None:
     gm = regularized(nn.Embedding(5, 3, max_norm=0.1))
     with pytest.raises(fxreg.CaptureError, match="changes a parameter in place"):
         gm(torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_layers_of_torch_need_no_functional_call(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is most of what a site costs, to run and to compile."""
+    monkeypatch.setattr(calls, "_call_any", None)
+    layer = nn.Conv2d(3, 2, 3)
+    gm = regularized(layer)
+    if backend:
+        gm = torch.compile(gm, backend=backend, fullgraph=True)  # type: ignore[assignment]
+    gm(torch.ones(1, 3, 3, 3)).sum().backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, 1 + 0.1 * layer.weight.detach().sign())
