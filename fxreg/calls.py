@@ -13,6 +13,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
+from torch.distributions import Distribution
 from torch.utils import _pytree as pytree  # private by name only: what torch.export and torch.func document
 
 from .errors import CaptureError, FxregError
@@ -241,6 +242,16 @@ def expect_same(value: Any, expected: Any, what: str) -> None:
             f"the forward asks for {what}, which was {expected!r} when the model was captured and is {value!r} now. "
             "Capture it with example_inputs= of the kind you call it with."
         )
+
+
+def expect_valid(valid: Tensor, always: bool) -> None:
+    """An error where the model raises one: a distribution of torch's checks its parameters, or a value.
+
+    Args:
+        always: whether it was asked to, and does not just do so by default.
+    """
+    if (always or Distribution._validate_args) and not valid:
+        raise ValueError("a distribution was given parameters, or a value, that do not satisfy its constraints.")
 
 
 def by_mode(training: bool, one: Any, other: Any) -> Any:

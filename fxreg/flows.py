@@ -25,7 +25,9 @@ _VIEWS = {
 }  # fmt: skip
 _RESHAPING_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten)
 _PASSING = (calls.expect_tensor, calls.expect_some, calls.expect_like)
-_CHECKS = (calls.passes, calls.expect_same, calls.expect_assumed, calls.expect_default, calls.expect_given)
+_CHECKS = (
+    calls.passes, calls.expect_same, calls.expect_assumed, calls.expect_default, calls.expect_given, calls.expect_valid
+)  # fmt: skip
 _DATA = (calls.by_mode, calls.make, calls.unpack, calls.take_inputs, calls.give_output)
 _OURS = (*_PASSING, *_CHECKS, *_DATA)
 _QUESTIONS = {"training"} | SIZES | RANKS | KINDS

@@ -26,6 +26,7 @@ from .torch_calls import (
     is_refused,
     name_of,
     nodes_in,
+    validating,
 )  # fmt: skip
 from .writing import Origin, Unrecordable
 
@@ -87,6 +88,9 @@ class Listening(TorchFunctionMode):
                     self._writer.node(*as_node(bool if name == "__bool__" else function, name, *made)), result
                 )
                 return result
+        if name == "__bool__" and result and (distribution := validating()) is not None:
+            self._writer.call(calls.expect_valid, made[0][0], "_validate_args" in vars(distribution))
+            return result
         if name == "item" and type(result) is int and self._writer.can_be_asked_first(*nodes_in(made)):
             return self._writer.number(self._writer.node(*as_node(function, name, *made)), result)
         if not holds_only_tensors(result) and name not in ("__setitem__", "__set__"):

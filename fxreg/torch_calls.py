@@ -1,11 +1,14 @@
 """Torch functions, methods and properties, as a recorder meets them: what each is to a graph."""
 
 import operator
+import sys
+import types
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributions import Distribution
 from torch.overrides import is_tensor_method_or_property
 
 from .shapes import LAYER, has_fixed_shape, torch_name
@@ -21,6 +24,8 @@ KINDS = {
 
 DECISIONS = {"__bool__", "__contains__", "item", "is_nonzero", "equal", "allclose"}
 """Questions about values that a forward branches on."""
+
+_VALIDATING = {Distribution.__init__.__code__, Distribution._validate_sample.__code__}
 
 SILENT = {"_set_grad_enabled"}
 """What these change is noticed at the next call."""
@@ -105,6 +110,15 @@ def is_certain(node: Any) -> bool:
     if node.target != "lt" or not isinstance(node.args[0], fx.Node) or isinstance(node.args[1], fx.Node):
         return False
     return node.args[0].target is torch.rand and node.args[1] <= 0
+
+
+def validating() -> Distribution | None:
+    """The distribution of torch's that asks, in the running code, whether what it was given is valid: it raises an
+    error if not."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__package__") == __package__:
+        frame = frame.f_back
+    return frame.f_locals["self"] if frame is not None and frame.f_code in _VALIDATING else None
 
 
 def is_known_at_once(*nodes: fx.Node) -> bool:

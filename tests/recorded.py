@@ -272,6 +272,14 @@ class Asserted(Net):
         return self.fc(x)
 
 
+@case("a distribution that checks its parameters and a value", later=lambda: (
+    batch(2), (torch.full((2, 3), torch.nan),), (torch.zeros(2, 3),), batch(1)))  # fmt: skip
+class Distributed(Net):
+    def run(self, x: Tensor) -> Any:
+        y = self.op(self.fc(x))
+        return -torch.distributions.LogNormal(y, y.exp(), validate_args=True).log_prob(x.abs())
+
+
 @case("a write through the name that is asked later", later=lambda: ((torch.full((4, 3), 0.2),), batch(2)),
       is_recorded=False)  # fmt: skip
 class WrittenThenAsked(Net):

@@ -235,6 +235,33 @@ class Branched(Batched):
         return self.fc(x) * 2 if x.shape[0] > 4 else self.fc(x)
 
 
+class Predicts(Net):
+    """A distribution that checks what it is given where torch's do so by default."""
+
+    def run(self, x: Tensor) -> Any:
+        y = self.op(self.fc(x))
+        return -torch.distributions.StudentT(3.0, y, y.exp()).log_prob(x)
+
+
+Predicts.forward = Batched.forward
+
+
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_distributions_check_where_those_of_the_model_do(monkeypatch: pytest.MonkeyPatch, is_compiled: bool) -> None:
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+    model, gm = emitted(Predicts)
+    assert is_recorded(gm)
+    odd = torch.full((2, 3), torch.nan)
+    for one in (model, gm):
+        with pytest.raises(ValueError, match="constraint"):
+            one(odd)
+    if is_compiled:
+        gm = torch.compile(gm, backend="eager")
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # as Dynamo does, for all code
+    for value in (odd, ONES[:2]):
+        torch.testing.assert_close(gm(value), model(value), rtol=0, atol=0, equal_nan=True)
+
+
 def test_sizes_stay_symbolic() -> None:
     model, gm = emitted(Batched)
     assert is_recorded(gm)
