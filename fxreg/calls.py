@@ -273,9 +273,14 @@ def passes(values: tuple[Any, ...], path: str, on: str) -> None:
     """Here activations of a module pass: a mark for the stage that writes penalties, which takes it away."""
 
 
-def unpack(value: Any, count: int) -> tuple[Any, ...]:
-    """The `count` parts of a value, as Python unpacks it."""
+def unpack(value: Any, count: int, what: str = "") -> tuple[Any, ...]:
+    """The `count` parts of a value, as Python unpacks it; or as there were when the model was captured."""
     parts = tuple(value)
+    if len(parts) != count and what:
+        raise CaptureError(
+            f"{what} had {count} parts when the model was captured, and has {len(parts)} now. Capture it with "
+            "example_inputs= of the kind you call it with."
+        )
     if len(parts) != count:
         raise ValueError(f"expected {count} values to unpack, got {len(parts)}")
     return parts

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .hearing import meeting
+from .surroundings import surroundings
 
 lock = threading.RLock()
 """Whoever patches a class holds it."""
@@ -26,6 +27,8 @@ def intercepted(tracer: Any) -> Iterator[None]:
     at a time.
     """
     called: list[nn.Module] = [tracer.root]
+    dtype = torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with lock, torch.enable_grad(), _meeting_marked(tracer, called):
         patches = [*_on_modules(tracer, called), *_on_questions(tracer)]
         originals = [(owner, name, vars(owner).get(name)) for owner, name, _ in patches]
@@ -33,14 +36,21 @@ def intercepted(tracer: Any) -> Iterator[None]:
             for owner, name, replacement in patches:
                 setattr(owner, name, replacement)
             with tracer.mode():
-                yield
+                here = surroundings()
+                try:
+                    yield
+                finally:
+                    here.reinstate()
         finally:
             for owner, name, original in originals:
                 if original is None:
                     delattr(owner, name)
                 else:
                     setattr(owner, name, original)
-            torch._C._set_grad_enabled(True)  # a forward that failed may have left it off
+            # A forward that failed may have left them otherwise.
+            torch._C._set_grad_enabled(True)
+            torch.set_default_dtype(dtype)
+            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
 
 
 @contextmanager

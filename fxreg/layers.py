@@ -62,7 +62,10 @@ def tensor_paths(paths: dict[nn.Module, str], root_alias: str) -> dict[int, str]
 
 
 def ambient_state() -> tuple[object, ...]:
-    return (torch._C.is_grad_enabled(), torch._C.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled())
+    """What surrounds a call and changes what it does; the same while a forward does nothing about it."""
+    modes = (torch._C.is_grad_enabled(), torch._C.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled())
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return (*modes, torch.get_default_dtype(), torch._C._len_torch_dispatch_stack(), hooks)
 
 
 def described(error: BaseException) -> str:

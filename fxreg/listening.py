@@ -102,7 +102,7 @@ class Listening(TorchFunctionMode):
             return self._writer.learn(result, Origin(node))
         if type(result) in (tuple, list):
             self._assume_count(name, *made, len(result))
-            node = self._writer.call(calls.unpack, node, len(result))
+            node = self._writer.call(calls.unpack, node, len(result), f"what {name} returned")
         return self._writer.bound(result, Origin(node))
 
     def _ask_kind(self, name: str) -> None:
@@ -147,7 +147,5 @@ class Listening(TorchFunctionMode):
 
 
 def ambient(listening: bool = True) -> tuple[object, ...]:
-    """What surrounds a call and changes what it does; the same while a forward does nothing about it."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return (*ambient_state(), torch.get_default_dtype(), torch._C._len_torch_function_stack() + (not listening),
-            torch._C._len_torch_dispatch_stack(), hooks)  # fmt: skip
+    """What surrounds a call and changes what it does, seen from inside a mode or not."""
+    return (*ambient_state(), torch._C._len_torch_function_stack() + (not listening))

@@ -32,7 +32,7 @@ from .proxies import Untraceable
 from .shapes import LAYER, SHAPE
 from .side_channels import Ledger
 from .sizes import concrete
-from .snapshots import Snapshot, rng_state
+from .snapshots import Snapshot, leads_to_iterator, rng_state
 from .structure import differs, has_attributes, held, holds_mutable, is_nested, likeness, tensors
 from .writing import Mark, Origin, Unrecordable, Writer
 
@@ -137,7 +137,7 @@ class Recorder:
             self.give_up("asks whether it is compiled, by a name of its own")
 
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
-        if hasattr(type(value), "__next__"):
+        if leads_to_iterator(value):
             self.give_up(f"reads the iterator {type(module).__name__}.{name}")
         elif module in self._paths:
             self.ledger.read(self._frames[-1].path, self._paths[module], name, value)

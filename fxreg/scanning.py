@@ -295,6 +295,8 @@ def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
         name, argument = instruction.opname, instruction.argval
         if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and argument in _ASKS:
             return _ASKS[argument]
+        if name == "LOAD_GLOBAL" and hasattr(type(space.get(argument)), "__next__"):
+            return f"reads the iterator {argument}"
         if name == "LOAD_GLOBAL" and (asks := _asks_under_another_name(space.get(argument))):
             return asks
         if name == "LOAD_DEREF" and argument == "__class__" and instructions[position + 1].opname == "LOAD_ATTR":

@@ -1,11 +1,13 @@
 """Remembering the Python state around a model's modules, to notice and undo what running a forward did to it."""
 
+import array
 import collections
 import ctypes
 import functools
 import itertools
 import logging
 import operator
+import queue
 import random
 import sys
 import types
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .enclosed import enclosed, entries, slots, slotted
-from .scanning import global_objects, mentioned_names
+from .scanning import functions_of, global_objects, mentioned_names, names_in
 
 _INERT = (
     bool, int, float, complex, str, bytes, types.NoneType, type, types.ModuleType, types.BuiltinFunctionType,
@@ -149,6 +151,8 @@ def _state(value: Any) -> Any:
     match value:
         case list() | set() | collections.deque():
             return list(value)
+        case bytearray() | array.array():
+            return value[:]
         case random.Random():
             return value.getstate()
         case torch.Generator():
@@ -233,6 +237,8 @@ def _put_back(now: Any, before: Any) -> None:
                 object.__delattr__(now, name)
             for name, value in before.items():
                 object.__setattr__(now, name, value)
+        case bytearray() | array.array():
+            now[:] = before
         case _:
             now[...] = before
 
@@ -310,6 +316,23 @@ def iterator_kept(model: nn.Module) -> tuple[str, str] | None:
     """The path of a module that keeps an iterator, and the attribute: what was taken from it cannot be put back."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if hasattr(type(value), "__next__") and any(name in mentioned_names(one) for one in model.modules()):
+            if leads_to_iterator(value) and any(name in mentioned_names(one) for one in model.modules()):
                 return path, name
+        for function in functions_of(module):
+            for name in names_in(function.__code__):
+                if hasattr(type(function.__globals__.get(name)), "__next__"):
+                    return path, name
     return None
+
+
+def leads_to_iterator(value: Any) -> bool:
+    """Whether something that can be taken out of, and not be looked into, is a value or reachable from one."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if hasattr(type(one), "__next__") or isinstance(one, queue.SimpleQueue):
+            return True
+        if id(one) not in seen and not isinstance(one, (*_INERT, Tensor, nn.Module)):
+            seen.add(id(one))
+            waiting += _inside(one)
+    return False

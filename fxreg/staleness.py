@@ -229,9 +229,9 @@ def _other_method(module: nn.Module, then: Remembered) -> str | None:
     for name, before in then.methods:
         if name in own and name != "forward":  # which is asked for by itself
             return name
-        now = _method(type(module), name)
+        now = getattr(type(module), name, None)  # what it is, is looked up only where it is another
         if not then.witness.knows(name, now):
-            if not alike(frozen(now), before):
+            if not alike(frozen(_method(type(module), name)), before):
                 return name
             then.witness.meets(name, now)
     return None

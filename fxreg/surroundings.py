@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._C import _autograd, _functorch  # private, as all of this: no public way to ask
 from torch._C import _TorchDispatchModeKey as Key
+from torch.overrides import _pop_mode as _pop_function_mode
 from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 
@@ -27,6 +28,15 @@ class Surroundings:
     functions: int
     dispatches: int
     packing: Any
+
+    def reinstate(self) -> None:
+        """Take away for good what came since, and was left there."""
+        while torch._C._len_torch_function_stack() > self.functions:
+            _pop_function_mode()  # type: ignore[no-untyped-call]
+        while torch._C._len_torch_dispatch_stack() > self.dispatches:
+            _pop_mode()
+        while _packing() not in (self.packing, None):
+            _autograd._pop_saved_tensors_default_hooks()
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ kept. Nothing that depends on the moment of tracing is baked in: `training` flag
 nodes, and any tensor computed at trace time is a reason to give up.
 """
 
+import enum
 import functools
 import math
 import threading
@@ -27,7 +28,8 @@ from .proxies import TracedValue, Untraceable, holds_proxy, proxies_in
 from .scanning import asks_for_none, code_asks_for_none, code_reason
 from .shapes import LAYER
 from .side_channels import Ledger, shorten
-from .snapshots import Snapshot, rng_state, set_rng_state
+from .snapshots import Snapshot, leads_to_iterator, rng_state, set_rng_state
+from .structure import PLAIN
 
 _CONTAINERS = (
     tuple, list, dict, torch.Size, immutable_collections.immutable_list, immutable_collections.immutable_dict
@@ -139,6 +141,8 @@ class SoundTracer(fx.Tracer):
         if isinstance(a, nn.Module):
             self.give_up(f"passes the module {type(a).__name__} to a function")
         named = isinstance(a, tuple) and hasattr(a, "_fields")
+        if isinstance(a, int | float | str) and not isinstance(a, enum.Enum) and type(a).__module__ != "numpy":
+            self.give_up(f"computes with a {type(a).__name__}")  # whose own words in code may be others
         if isinstance(a, tuple | list | dict) and type(a) not in _CONTAINERS and not named:
             self.give_up(f"builds a {type(a).__name__}")
         if type(a).__module__ == "numpy" and isinstance(a, float | int | complex):
@@ -179,7 +183,7 @@ class SoundTracer(fx.Tracer):
 
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
         """Remember that a forward read something that a graph holds as it was."""
-        if hasattr(type(value), "__next__"):
+        if not isinstance(value, PLAIN) and leads_to_iterator(value):
             self.give_up(f"reads the iterator {type(module).__name__}.{name}")
         if module in self._paths and len(self._scope) > 1:
             self.ledger.read(self._scope[-1][0], self._paths[module], name, value)

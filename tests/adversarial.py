@@ -5,6 +5,7 @@ checks that it does, so that no entry is here by mistake. What each entry demand
 module is the model plus its penalty, or there is an `FxregError`, and then the entry says why that is right.
 """
 
+import array
 import collections.abc
 import contextlib
 import contextvars
@@ -367,6 +368,35 @@ class DispatchMode(Net):
     def forward(self, x: Tensor) -> Tensor:
         with _DoubledTanh():
             return torch.tanh(self.fc(x)) * self.w
+
+
+@case("hooks on what is saved for the backward pass, set without a with statement")
+class SavedTensorsByHand(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        halving = torch.autograd.graph.saved_tensors_hooks(lambda t: t * 0.5, lambda t: t)
+        halving.__enter__()
+        y = torch.tanh(self.fc(x))
+        halving.__exit__()
+        return y * self.w
+
+
+@case("a dispatch mode, set by a stack of contexts")
+class DispatchModeOnStack(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        stack = contextlib.ExitStack()
+        stack.enter_context(_DoubledTanh())
+        y = torch.tanh(self.fc(x))
+        stack.close()
+        return y * self.w
+
+
+@case("another default data type for a while")
+class DefaultDtype(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        y = torch.zeros(x.shape[0], 3)
+        torch.set_default_dtype(torch.float32)
+        return self.fc(x) * self.w + y
 
 
 @case("a parametrization cached over two calls")
@@ -808,6 +838,55 @@ class Log(Net):
     def forward(self, x: Tensor) -> Tensor:
         self.log.append(1)
         return self.fc(x) * self.w * len(self.log)
+
+
+@case("an array of Python's as a log", state=lambda m: list(getattr(m, "inner", m).log))
+class ArrayLog(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = array.array("d")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log.append(1.0)
+        return self.fc(x) * len(self.log)
+
+
+_KEPT = "what is taken from an iterator cannot be put back"
+
+
+@case("an iterator in a list", unverifiable=_KEPT)
+class ListedIterator(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [iter(range(1, 100))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * next(self.kept[0])
+
+
+@case("an iterator that a function closes over", unverifiable=_KEPT)
+class ClosedIterator(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        kept = itertools.count(1)
+        self.count = lambda: next(kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.count()
+
+
+_counted = itertools.count(1)
+
+
+def _count_anew() -> None:
+    global _counted
+    _counted = itertools.count(1)
+
+
+@case("a global iterator", reset=_count_anew, unverifiable=_KEPT)
+class GlobalIterator(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * next(_counted)
 
 
 @case("a list inside a dict that grows", state=lambda m: len(m.log["calls"]))
@@ -1792,6 +1871,23 @@ class Generates(Net):
 
 class Axis(enum.IntEnum):
     ROWS = 1
+
+
+class Named(float):
+    """Says another number than it is."""
+
+    def __repr__(self) -> str:
+        return "7.0"
+
+
+@case("a number that is written otherwise than it computes")
+class NamedNumber(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Named(3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.w * self.scale
 
 
 @case("an enumeration as an argument of an operation", nests=False)

@@ -1101,3 +1101,9 @@ class ShortCircuitShapes(Net):
 class IntOfQuotient(Net):
     def run(self, x: Tensor) -> Any:
         return self.fc(x) * int(x.shape[0] / 3)
+
+
+@attack("as many parts as the size of the first dimension asks for")
+class PartsOfASize(Net):
+    def run(self, x: Tensor) -> Any:
+        return sum(self.fc(part).sum(0) for part in x.split(3)) + self.op(x)

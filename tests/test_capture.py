@@ -313,6 +313,16 @@ def test_a_gradient_transform_holds_or_is_refused(name: str) -> None:
     assert_equals(observe(case, gm, model, probe, fxreg.FxregError), expected(name, 0.0, 0.5), allowed)
 
 
+@pytest.mark.parametrize("name", ["SavedTensorsByHand", "DispatchModeOnStack", "DefaultDtype"])
+@pytest.mark.parametrize("examples", [False, True], ids=["", "verified"])
+def test_what_a_trace_breaks_off_in_the_middle_of_is_put_back(name: str, examples: bool) -> None:
+    _, gm = emitted(CASES[name], L1, examples)
+    assert fxreg.explain(gm).opaque
+    assert torch.get_default_dtype() == torch.float32
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    assert torch._C._len_torch_dispatch_stack() == _len_torch_function_stack() == 0
+
+
 @every_stateful
 def test_capture_leaves_no_trace(name: str) -> None:
     """Neither in anything that can be looked at, nor in what the model does afterwards."""
