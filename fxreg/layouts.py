@@ -46,13 +46,17 @@ class Glance:
     It keeps the modules: the identity of one that is gone could be another one's later. Parameters may become other
     objects at every call (`torch.func.functional_call` swaps them), so of them it counts which places hold the same
     one, and their shapes.
+
+    Args:
+        asks: whether what somebody may ask of a parameter counts, too.
     """
 
-    def __init__(self, model: nn.Module, roots: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, roots: Iterable[nn.Module], asks: bool = False) -> None:
         self._modules, self._owners = [*model.modules()], [*model.modules(), *roots]
         self._form, held = self._look()
         self._ties = _ties(held)
         self._identities = _identities(held)
+        self._asks, self._asked = asks, _asked(held)
 
     def is_current(self) -> bool:
         """Whether everything is as it was."""
@@ -64,7 +68,7 @@ class Glance:
             if _ties(held) != self._ties:
                 return False
             self._identities = identities
-        return True
+        return not self._asks or _asked(held) in (None, self._asked)
 
     def _look(self) -> tuple[Any, list[dict[str, Any]]]:
         """What must be the same, and where the parameters are."""
@@ -76,6 +80,12 @@ class Glance:
 
 def _identities(held: Iterable[dict[str, Any]]) -> list[int]:
     return [id(one) for each in held for one in each.values()]
+
+
+def _asked(held: Iterable[dict[str, Any]]) -> list[Any] | None:
+    """What parameters can be asked for, beside their shapes; nothing while others stand in for them."""
+    found = [one for each in held for one in each.values() if one is not None]
+    return [(p.requires_grad, p.dtype) for p in found] if all(type(p) is nn.Parameter for p in found) else None
 
 
 def _ties(held: Iterable[dict[str, Any]]) -> list[tuple[int, Any]]:
@@ -94,12 +104,14 @@ class Meaning:
         rules: the rules; None if they are no longer known.
         layout: of the model.
         glance: the same; None until somebody looked.
+        asks: whether the rules may ask parameters for what a layout does not hold.
         difference: what was last found that is different, for code that is being compiled.
     """
 
     def __init__(self, rules: tuple[Rule, ...] | None, layout: Layout) -> None:
         self.rules, self.layout = rules, layout
         self.glance: Glance | None = None
+        self.asks = any(callable(rule.where) for rule in rules or ())
         self.difference: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:

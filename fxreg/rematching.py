@@ -46,7 +46,7 @@ def changed(gm: nn.Module) -> str | None:
         return None
     what = _difference(gm, state, meaning)
     if what is None:
-        meaning.glance = Glance(state.model, _roots(gm, state))
+        meaning.glance = Glance(state.model, _roots(gm, state), meaning.asks)
         return None
     return f"the model changed since it was transformed: {what}. Transform the model again."
 
@@ -99,7 +99,7 @@ def _difference(gm: nn.Module, state: State, meaning: Meaning) -> str | None:
             if own.get(name, ...) is not children.get(name, ...):
                 return f"its module {name!r} is not the emitted module's"
     now = layout_of(state.model)
-    if now == meaning.layout:
+    if now == meaning.layout and not (meaning.asks and all(type(p) is nn.Parameter for p in state.model.parameters())):
         return None
     if meaning.rules is None:
         return _any_difference(state.model, meaning.layout, now)
@@ -161,7 +161,7 @@ def _difference_of(state: State, planned: Plan, then: _Then) -> str | None:
     done, means = {}, {}
     for edit in _on_parameters(was):
         parameter = parameters.get(edit.site)
-        if parameter is None or (edit.label, id(parameter)) in done:
+        if (edit.label, id(parameter)) in done:
             return f"{then.what_became_of(edit.site)}, and rule {edit.label!r} acts there"
         done[edit.label, id(parameter)] = edit
     for edit in _on_parameters(planned):

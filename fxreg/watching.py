@@ -111,7 +111,7 @@ def _check_accumulation(state: State) -> None:
     """At the start of a backward pass: where a gradient is already there, look at its end whether it was added to."""
     state.backwards_watched += 1
     parameters = dict(state.model.named_parameters())
-    found = (parameters[site] for site in _injected(state))
+    found = (parameters[site] for site in _injected(state) if site in parameters)  # others may stand in for them now
     parameter = next((p for p in found if p.requires_grad and p.grad is not None), None)
     if state.scale_was_set or parameter is None or parameter.grad is None or not bool(parameter.grad.any()):
         return

@@ -299,6 +299,65 @@ def test_another_shape_counts_where_a_rule_asks_for_it() -> None:
         refuses_after(model, fxreg.transform(model, rule), narrow, "'body.a.weight' has the shape (3, 4) now")
 
 
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_a_rule_asks_of_parameters_is_asked_again(is_compiled: bool) -> None:
+    def freeze(model: Any) -> None:
+        model.body.a.weight.requires_grad_(False)
+
+    for where, change in (
+        (lambda site: site.trainable, freeze),
+        (lambda site: site.dtype == torch.float32, lambda m: m.body.double()),
+    ):
+        rule = fxreg.Rule(fxreg.l1(STRENGTH), layer="Linear", param="weight", where=where)
+        model = seeded(Net)
+        gm = fxreg.transform(model, rule)
+        given = {name: p.detach() for name, p in model.named_parameters()}
+        torch.func.functional_call(gm, given, (X,))
+        refuses_after(model, calls(gm, is_compiled), change, "of 'body.a.weight' the rules say something else now")
+        model = seeded(Net)
+        gm = fxreg.transform(model, rule)
+        change(model)
+        with pytest.raises(fxreg.CaptureError, match=r"of 'body\.a\.weight' the rules say something else now"):
+            gm(X)
+    model = seeded(Net)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(STRENGTH), layer="Linear", where=lambda s: s.param == "weight"))
+    freeze(model)
+    assert_gradients(model, gm(X).square().sum())
+
+
+def test_emptied_ties_are_to_be_tied_again() -> None:
+    with torch.device("meta"):
+        model = tied(Net)
+        gm = emit_from(model, False)
+    gm.to_empty(device="cpu")
+    with pytest.raises(fxreg.CaptureError, match="no longer one with"):
+        gm(X)
+    model.body.b.weight = model.body.a.weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    assert_gradients(model, gm(X).square().sum())
+
+
+@pytest.mark.parametrize("emit", ["backward", "output", "loss"])
+@pytest.mark.parametrize("via", ["penalty", "gradient", "transform", "joint"])
+@pytest.mark.parametrize("kind", ["transparent", "opaque root"])
+def test_what_is_honoured_is_what_another_transform_would_do(kind: str, via: str, emit: Any) -> None:
+    class Summed(MODELS[kind][0]):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).square().sum()
+
+    for change in SAME.values():
+        model = seeded(Summed)
+        gm = emit_from(model, False, RULES[via], emit=emit)
+        gm(X)
+        change(model)
+        one, other = gm(X), emit_from(model, False, RULES[via], emit=emit)(X)
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        one, other = (sum(loss) if emit == "output" else loss for loss in (one, other))
+        torch.testing.assert_close(gradients(model, one), gradients(model, other), rtol=0, atol=0)
+
+
 def test_activations_are_those_of_the_layers_that_are_there() -> None:
     class Active(Branching):
         def __init__(self) -> None:
@@ -408,6 +467,15 @@ def test_a_pickle_has_no_rules_and_refuses_other_layouts() -> None:
             assert_gradients(model, gm(X).square().sum())
 
 
+def test_a_pickle_keeps_what_was_honoured() -> None:
+    model = seeded(Net)
+    gm = emit_from(model, False)
+    SAME["a new layer of another kind"](model)
+    gm(X)
+    model, gm = pickle.loads(pickle.dumps((model, gm)))
+    assert_gradients(model, gm(X).square().sum())
+
+
 def test_what_is_put_back_is_right_again() -> None:
     model = seeded(lambda: tied(Net))
     gm = emit_from(model, False)
@@ -448,6 +516,49 @@ def test_functional_calls_count_what_they_are_given() -> None:
     torch.func.functional_call(gm, {"body.a.weight": given["body.a.weight"]}, (X,))
     with pytest.raises(fxreg.CaptureError, match="no longer one with"):
         torch.func.functional_call(gm, {"body.a.weight": given["body.a.weight"]}, (X,), tie_weights=False)
+
+
+def test_a_look_is_all_that_calls_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded(Net)
+    gm = emit_from(model, False, WEIGHTS, fxreg.Rule(fxreg.l2(STRENGTH), where=lambda site: site.trainable))
+    gm(X)
+    monkeypatch.setattr("fxreg.rematching.layout_of", pytest.fail)
+    SAME["another parameter"](model)
+    for _ in range(2):
+        gm(X)
+        torch.func.functional_call(gm, {name: p.detach().clone() for name, p in model.named_parameters()}, (X,))
+
+
+def one_layer_at_a_time(gm: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in (gm.body.a, gm.body.b, gm.c):
+        fully_shard(layer)
+    return fully_shard(gm)
+
+
+def flat(gm: Any) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(gm, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`", "ignore:The `NO_SHARD` sharding")
+@pytest.mark.parametrize("is_pickled", [False, True])
+@pytest.mark.parametrize("way", [one_layer_at_a_time, flat, nn.parallel.DistributedDataParallel])
+def test_sharded_parameters_are_the_same_ones(mesh: Any, way: Any, is_pickled: bool) -> None:
+    """Without the rules, too: the classes that layers get are subclasses of theirs."""
+    model = seeded(Net)
+    wanted = gradients_by_hand(model)
+    gm = emit_from(model, False)
+    gm = pickle.loads(pickle.dumps(gm)) if is_pickled else gm
+    run = way(gm)
+    for _ in range(2):
+        run.zero_grad()
+        run(X).square().sum().backward()
+        for parameter, grad in zip(run.parameters(), wanted.values(), strict=True):
+            found = getattr(parameter.grad, "full_tensor", lambda p=parameter: p.grad)()
+            torch.testing.assert_close(found.reshape(grad.shape), grad)  # type: ignore[union-attr]
 
 
 def test_values_and_verification_are_of_the_model_as_it_is() -> None:
