@@ -561,6 +561,15 @@ def test_sharded_parameters_are_the_same_ones(mesh: Any, way: Any, is_pickled: b
             torch.testing.assert_close(found.reshape(grad.shape), grad)  # type: ignore[union-attr]
 
 
+def test_what_is_sharded_and_compiled_is_looked_at(mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.compiler.reset()
+    model = seeded(Net)
+    run = torch.compile(fully_shard(emit_from(model, False)), backend="eager")
+    refuses_after(model, run, DIFFERENT["a new layer in a layer"][0], "'body.b.extra.weight' is new")
+
+
 def test_values_and_verification_are_of_the_model_as_it_is() -> None:
     model = seeded(Net)
     gm = emit_from(model, False)
