@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .packages import is_installed
-from .scanning import context_name, is_foreign
+from .scanning import ENVIRONMENT, context_name, is_foreign
 from .sizes import SYMBOLIC
 
 _INSTRUCTIONS = {
@@ -26,7 +26,7 @@ _INSTRUCTIONS = {
 }
 _TYPE, _IDENTITY = "asks for a type", "compares identities"
 _DICTIONARY, _WRITES = "looks into an object's dictionary", "writes the attribute"
-_BY_NAME, _ENVIRONMENT, _UNKNOWN = "writes an attribute by its name", "reads the environment", object()
+_BY_NAME, _UNKNOWN = "writes an attribute by its name", object()
 _MENTIONS = {
     "manual_seed": "seeds a random generator",
     "fork_rng": "forks a random generator",
@@ -44,8 +44,8 @@ _MENTIONS = {
     "are_deterministic_algorithms_enabled": "reads a global mode",
     "get_float32_matmul_precision": "reads a global mode",
     "get_num_threads": "reads a global mode",
-    "environ": _ENVIRONMENT,
-    "getenv": _ENVIRONMENT,
+    "environ": ENVIRONMENT,
+    "getenv": ENVIRONMENT,
     "_getframe": "looks at who calls it",
     "currentframe": "looks at who calls it",
 }
@@ -250,7 +250,7 @@ def _matters(reason: str, frame: types.FrameType, recorder: Any) -> bool:
     """Whether what is asked may be asked of something that a recording replaces: sizes, aliases, veiled objects."""
     if reason == _DICTIONARY:  # a flag read or written past its property
         return "training" in (*frame.f_code.co_names, *frame.f_code.co_consts)
-    if reason == _ENVIRONMENT:  # a package's own switches are constant, like all that it keeps
+    if reason == ENVIRONMENT:  # a package's own switches are constant, like all that it keeps
         return not is_installed(frame.f_globals.get("__name__"))
     if reason == _TYPE:
         value = _Stack(frame).typed()

@@ -18,7 +18,10 @@ from torch import nn
 
 from .enclosed import codes_in, defaults, enclosed, slots
 from .hearing import untold
+from .packages import is_installed
 
+ENVIRONMENT = "reads the environment"
+"""What an installed package reads of it is taken for constant."""
 _OPCODES = {
     "BEFORE_WITH": "enters",
     "BEFORE_ASYNC_WITH": "enters",
@@ -53,8 +56,8 @@ _ASKS = {
     "currentframe": "looks at who calls it",
     "getsizeof": "asks how large an object is",
     "dir": "asks for the names of attributes",
-    "environ": "reads the environment",
-    "getenv": "reads the environment",
+    "environ": ENVIRONMENT,
+    "getenv": ENVIRONMENT,
     "get_num_threads": "reads a global mode",
     "get_float32_matmul_precision": "reads a global mode",
     "get_default_dtype": "reads the default dtype",
@@ -294,6 +297,8 @@ def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
     for position, instruction in enumerate(instructions):
         name, argument = instruction.opname, instruction.argval
         if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and argument in _ASKS:
+            if _ASKS[argument] == ENVIRONMENT and is_installed(space.get("__name__")):
+                continue
             return _ASKS[argument]
         if name == "LOAD_GLOBAL" and hasattr(type(space.get(argument)), "__next__"):
             return f"reads the iterator {argument}"
