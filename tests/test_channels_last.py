@@ -85,6 +85,7 @@ class Look:
         return gm.forward
 
 
+@pytest.mark.slow
 def test_what_convolutions_read_and_write_is_channels_last() -> None:
     look = Look()
     Trial(Convolutions(), backend=look).compare(steps=3)

@@ -117,6 +117,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_pickled", slow_but([True], [False, True]))
 @pytest.mark.parametrize("rule", [fxreg.Rule(fxreg.l1(0.1)), fxreg.Rule(fxreg.l1(0.1), via="proximal")])
 def test_a_process_compiles_more_modules_than_one_function_may_be_compiled_for(

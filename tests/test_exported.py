@@ -396,6 +396,7 @@ class Halves(nn.Module):
         return z.sum(1).sum(0) + torch.arange(x.shape[0]).sum() + torch.zeros(x.shape[0], 3).sum(0) + y.sum(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("via", ["penalty", "gradient"])
 def test_a_dynamic_program_takes_other_sizes_and_keeps_its_guards(via: str) -> None:
     model, terms = Halves(), penalty_terms(via)

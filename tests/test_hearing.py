@@ -305,6 +305,7 @@ def test_what_runs_past_the_listener_is_an_error(
     assert torch.equal(fxreg.transform(model, fxreg.Rule(fxreg.l1(S), name="out", on="output"))(x), model(x))
 
 
+@pytest.mark.slow
 def test_what_is_compiled_as_one_graph_is_an_error_unless_it_is_about_others() -> None:
     model, x = build(cond, nn.Linear)
     with pytest.raises(fxreg.CaptureError, match=r"output of inner: something around is compiled as one graph"):

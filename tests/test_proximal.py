@@ -407,6 +407,7 @@ def end_of(via: Any, strength: float, steps: int = 600, **options: Any) -> Tenso
     return model.weight.detach()
 
 
+@pytest.mark.slow
 def test_penalty_and_proximal_step_end_in_the_same_place_which_only_one_of_them_reaches() -> None:
     reached, near = end_of("proximal", 2.0, lr=0.02), end_of("penalty", 2.0, 2000, lr=0.02)
     torch.testing.assert_close(near, reached, rtol=0, atol=1e-3)

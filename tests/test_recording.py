@@ -503,6 +503,7 @@ def compiled_recordings(make: Any) -> list[tuple[str, ...]]:
     return [one.assumed.ways for one in state_of(emitted(make)[1]).captured.chain if one.assumed]
 
 
+@pytest.mark.slow
 def test_where_a_forward_asks_whether_it_is_compiled_each_answer_has_a_graph() -> None:
     assert compiled_recordings(AsksWhetherCompiled) == [("eager",), ("compiled",)]
     assert compiled_recordings(AsksByName) == [("eager",)]
@@ -517,6 +518,7 @@ def test_what_was_recorded_as_if_compiled_is_verified_so(monkeypatch: pytest.Mon
     assert compiled_recordings(AsksWhetherCompiled) == [("eager",)]
 
 
+@pytest.mark.slow
 def test_values_are_asked_for_once_in_compiled_code() -> None:
     class Twice(Net):
         def run(self, x: Tensor) -> Any:
@@ -565,6 +567,7 @@ class AnyKeywords(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_pickled", [False, True])
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_keyword_arguments_of_any_number_are_recorded_in_their_order(is_pickled: bool, is_compiled: bool) -> None:

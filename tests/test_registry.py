@@ -461,6 +461,7 @@ def _tripled(version: int) -> Any:
     return registry_cell
 
 
+@pytest.mark.slow
 def test_redefining_a_name_replaces_it_for_new_modules_and_for_no_old_one() -> None:
     model, x = net()
     plain = eager(model, x)["first.weight"]

@@ -561,6 +561,7 @@ def test_sharded_parameters_are_the_same_ones(mesh: Any, way: Any, is_pickled: b
             torch.testing.assert_close(found.reshape(grad.shape), grad)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_what_is_sharded_and_compiled_is_looked_at(mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -602,6 +603,7 @@ def test_a_proximal_step_knows_its_parameters() -> None:
     optimizer.step()
 
 
+@pytest.mark.slow
 def test_a_whole_step_looks() -> None:
     model = seeded(Net)
     gm = emit_from(model, False)

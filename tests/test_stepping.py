@@ -198,6 +198,7 @@ def test_schedules_of_numbers_and_strengths_compile_nothing_anew(name: str) -> N
     assert backend.frame_count == 1
 
 
+@pytest.mark.slow
 def test_an_option_that_is_switched_holds_from_the_next_step_on() -> None:
     trial = Trial("tiny", [])
     optimizer, reference = OPTIMIZERS["sgd"](trial.parameters()), OPTIMIZERS["sgd"](list(trial.twin.parameters()))
