@@ -4,11 +4,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import MethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import Function
 
 from .hearing import meeting
 from .surroundings import surroundings
@@ -161,10 +162,20 @@ def _on_questions(tracer: Any) -> list[tuple[Any, str, Any]]:
         (torch, "is_inference_mode_enabled", "reads the inference mode"),
         (torch, "is_autocast_enabled", "reads or sets autocast"),
         (torch.nn.utils.stateless, "_functional_call", "calls a module functionally"),
-        # Asked by every Function.apply, however it was imported.
+        # Asked by every Function.apply, however it was imported, where that is Python.
         (torch.autograd.function, "_is_setup_context_defined", "calls a custom autograd.Function"),
     ]
-    return [(owner, name, _refusing(tracer, vars(owner)[name], what)) for owner, name, what in refused]
+    replaced: list[tuple[Any, str, Any]] = [
+        (owner, name, _refusing(tracer, vars(owner)[name], what)) for owner, name, what in refused
+    ]
+    if isinstance(Function.apply, BuiltinMethodType):  # torch 2.14: what it makes of proxies may be a crash
+
+        def apply(kind: type[Function], *args: Any) -> Any:
+            return super(Function, kind).apply(*args)  # type: ignore[misc]
+
+        refuse = _refusing(tracer, apply, "calls a custom autograd.Function")
+        replaced.append((Function, "apply", classmethod(refuse)))
+    return replaced
 
 
 def _is_of_class(module: nn.Module, name: str, value: Any) -> bool:

@@ -32,6 +32,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch._guards import TracingContext  # private: what is being compiled
+from torch.autograd.function import _SingleLevelFunction
 
 from .errors import RuleError
 from .fingerprints import Fingerprint
@@ -106,14 +107,14 @@ def _check_is_current(qualified: str, fingerprint: Fingerprint, compilation: Tra
     checked.add(qualified)
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    # Not by its own `apply`: that binds arguments to a signature, a quarter of what a site costs in eager mode, and a
-    # composite kernel already runs inside one functorch level, so that functorch would apply it at the wrong one.
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+def _apply(function: Any, *args: Any) -> Any:
+    # A composite kernel already runs inside one functorch level: a `torch.autograd.Function`, which dispatches through
+    # functorch by itself, would be applied at the wrong one. Outside, that is a quarter of what a site costs in eager
+    # mode: it binds arguments to a signature.
     if _are_functorch_transforms_active():
         with enable_single_level_autograd_function():
-            return apply(*args)
-    return apply(*unwrap_dead_wrappers(args))
+            return function.apply(*args)
+    return function.apply(*unwrap_dead_wrappers(args))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -148,10 +149,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return _NOTHING
 
 
-class _Source(torch.autograd.Function):
+class _Source(_SingleLevelFunction):
     """Where the penalties' gradients start: nothing forward; backward, `scale` to every penalty, once."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(scale: Tensor, *penalties: Tensor) -> Tensor:
@@ -174,11 +173,9 @@ class _Source(torch.autograd.Function):
         return None
 
 
-class _Attach(torch.autograd.Function):
+class _Attach(_SingleLevelFunction):
     """Identity on one output; the backward pass through it also reaches the source. A node for each: one for all would
     give zeros, and not nothing, to what only the outputs without a gradient depend on."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(shared: bool, output: Tensor, source: Tensor) -> Tensor:
@@ -200,10 +197,8 @@ class _Attach(torch.autograd.Function):
         return output if output is None else output.view_as(output)
 
 
-class _Deferred(torch.autograd.Function):
+class _Deferred(_SingleLevelFunction):
     """A penalty whose value nobody asked for: costs nothing forward, adds its closed-form gradient backward."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(gradient: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:
@@ -226,10 +221,8 @@ class _Deferred(torch.autograd.Function):
         return None
 
 
-class _Pulled(torch.autograd.Function):
+class _Pulled(_SingleLevelFunction):
     """Identity on a parameter; its gradient passes through `pull` on the way back, computed at least in float32."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(pull: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:
@@ -256,10 +249,8 @@ class _Pulled(torch.autograd.Function):
         return weight if weight is None else weight.view_as(weight)
 
 
-class _JointlyPulled(torch.autograd.Function):
+class _JointlyPulled(_SingleLevelFunction):
     """Identity on several parameters; their gradients, those that there are, pass through `pull` together."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(pull: JointFormula, arguments: dict[str, Any], count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

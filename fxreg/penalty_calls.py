@@ -86,11 +86,23 @@ def _function_around() -> str | None:
     """The autograd Function in whose forward the activations of what is being called have no gradient."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and not (frame.f_globals is globals() and frame.f_code.co_name == _penalized.__name__):
-        if frame.f_code is Function.apply.__func__.__code__:  # type: ignore[attr-defined]
-            kind = frame.f_locals["cls"]
+        if (kind := _applied(frame)) is not None:
             return "a reentrant checkpoint" if kind is CheckpointFunction else f"the forward of {kind.__name__}"
         frame = frame.f_back
     return None
+
+
+def _applied(frame: types.FrameType) -> type[Any] | None:
+    """The autograd Function that a frame applies, if any."""
+    apply: Any = Function.apply
+    if not isinstance(apply, types.BuiltinMethodType):
+        return frame.f_locals["cls"] if frame.f_code is apply.__func__.__code__ else None
+    if frame.f_code.co_name != "forward":  # torch 2.14, where nothing else of it is Python
+        return None
+    kinds = [*Function.__subclasses__()]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next((kind for kind in kinds if getattr(kind.forward, "__code__", None) is frame.f_code), None)
 
 
 def copied(values: Any) -> Any:
