@@ -104,6 +104,7 @@ class Meaning:
         rules: the rules; None if they are no longer known.
         layout: of the model.
         glance: the same; None until somebody looked.
+        properties: what was behind those that the graph took; None until somebody looked.
         asks: whether the rules may ask parameters for what a layout does not hold.
         difference: what was last found that is different, for code that is being compiled.
     """
@@ -111,6 +112,7 @@ class Meaning:
     def __init__(self, rules: tuple[Rule, ...] | None, layout: Layout) -> None:
         self.rules, self.layout = rules, layout
         self.glance: Glance | None = None
+        self.properties: dict[tuple[type, str], Any] | None = None
         self.asks = any(callable(rule.where) for rule in rules or ())
         self.difference: str | None = None
 

@@ -167,11 +167,11 @@ def _inside(into: Insertion, node: fx.Node, watched: list[tuple[PenalizeActivati
     """Penalties on what passes inside a module that is called as a whole."""
     with into.graph.inserting_before(node):
         told = [(path, edit.on, *_described(into, edit)) for edit, path in watched]
-        target: Any = penalty_calls.call_model_penalized
-        args: tuple[Any, ...] = (node.args[0], told, *node.args[1:])
         if node.op == "call_module":
-            target = penalty_calls.call_penalized
-            args = (into.insert("", "get_attr", str(node.target)), told, {}, node.args, dict(node.kwargs))
+            target: Any = penalty_calls.call_penalized
+            args: Any = (into.insert("", "get_attr", str(node.target)), told, {}, node.args, dict(node.kwargs))
+        else:
+            target, args = penalty_calls.call_model_penalized, (node.args[0], told, *node.args[1:])
         called = into.insert("", "call_function", target, args, name=f"{node.name}_penalized")
         result = into.insert("", "call_function", operator.getitem, (called, 0), name=node.name)
         found = into.insert("", "call_function", operator.getitem, (called, 1))

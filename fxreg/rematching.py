@@ -18,6 +18,7 @@ from .operators import not_traced
 from .planning import LeaveToCompanion, Penalize, Plan, PullBack, plan
 from .resolving import narrow
 from .rules import Rule
+from .staleness import other_property, properties_in
 
 
 def remember_meaning(gm: RegularizedModule, rules: tuple[Rule, ...]) -> None:
@@ -42,7 +43,15 @@ def changed(gm: nn.Module) -> str | None:
     """What changed about a model so that its rules mean something else, if anything."""
     state = state_of(gm)
     meaning = state.meaning
-    if meaning is None or (meaning.glance is not None and meaning.glance.is_current()):
+    if meaning is None:
+        return None
+    if meaning.properties is None:
+        held = (captured for captured in state.captured.chain if captured.otherwise is None)
+        remembered = (one for captured in held for one in captured.remembered)
+        meaning.properties = properties_in(state.model, remembered)
+    if what := other_property(meaning.properties):
+        return f"the model changed since it was captured: {what}. Transform the model again."
+    if meaning.glance is not None and meaning.glance.is_current():
         return None
     what = _difference(gm, state, meaning)
     if what is None:

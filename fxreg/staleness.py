@@ -217,6 +217,27 @@ def _method(kind: type, name: str) -> types.FunctionType | None:
     return found if isinstance(found, types.FunctionType) else None
 
 
+def properties_in(model: nn.Module, remembered: Iterable[Remembered]) -> dict[tuple[type, str], Any]:
+    """The functions behind properties, by class and name: compiled code asks for what they are elsewhere."""
+    found = {}
+    for one in remembered:
+        module: Any = model
+        for part in one.path:
+            module = module._modules.get(part) if module is not None else None
+        for name, method in one.methods if one.hooks is not None else ():
+            if isinstance(inspect.getattr_static(type(module), name, None), property):
+                found[type(module), name] = method
+    return found
+
+
+def other_property(properties: Mapping[tuple[type, str], Any]) -> str | None:
+    """What is behind another function now, if any is."""
+    for (kind, name), method in properties.items():
+        if not alike(frozen(_method(kind, name)), method):
+            return f"{kind.__name__} has another {name!r}"
+    return None
+
+
 def _not_hidden(methods: tuple[tuple[str, Any], ...], module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """The methods that a module does not have an attribute of its own in the place of."""
     own = vars(module)
