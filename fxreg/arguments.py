@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import numbers
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def checked_strength(value: object, where: str) -> float:
     """A strength as a float, or a RuleError: strengths are finite and not negative."""
     if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex() and not value.is_meta:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RuleError(f"{where}: a strength is a number, got {value!r}.")
     try:
         number = float(value)

@@ -225,7 +225,7 @@ def load_state_dict(gm: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Take back what `fxreg.state_dict` gave, in place.
 
     Raises:
-        FxregError: keys or shapes that are not those of the module's rules; nothing is changed then.
+        FxregError: no mapping to tensors, or keys or shapes that are not those of the rules; nothing is changed then.
 
     >>> import torch, fxreg
     >>> gm = fxreg.transform(torch.nn.Linear(4, 2), [fxreg.Rule(fxreg.l1(0.1))])
@@ -236,8 +236,10 @@ def load_state_dict(gm: nn.Module, state: Mapping[str, Tensor]) -> None:
     {'l1': 0.1}
     """
     own = _remembered(state_of(gm))
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FxregError(f"load_state_dict: the state is a mapping of names to tensors, got {state!r}.")
     if own.keys() != state.keys():
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys(), key=str)
         raise FxregError(
             f"load_state_dict: the state is not of these rules: missing {missing}, unexpected {extra}. Transform the "
             "model with the rules and labels it was saved with."

@@ -91,9 +91,10 @@ class Insertion:
                     self.anchors[edit.label, name, edit.site] = self.buffer(f"{edit.label}.{edit.site}.{name}", copy)
 
     def buffer(self, name: str, value: Tensor) -> str:
-        """Register a buffer under the name, or the nearest one that is free and an identifier."""
+        """Register a buffer under the name, or the nearest one that is free and a variable's in a forward."""
         plain = re.sub(r"\W", "_", name, flags=re.ASCII)
-        plain = plain if plain.isidentifier() and not keyword.iskeyword(plain) else f"rule_{plain}"
+        is_taken = keyword.iskeyword(plain) or plain == "self"
+        plain = f"rule_{plain}" if is_taken or not plain.isidentifier() else plain
         free = (plain if count == 1 else f"{plain}_{count}" for count in itertools.count(1))
         buffer = next(candidate for candidate in free if not hasattr(self.state, candidate))
         self.state.register_buffer(buffer, value, persistent=False)

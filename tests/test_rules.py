@@ -233,7 +233,10 @@ def test_any_text_is_a_label_and_the_key_of_its_strength(label: str) -> None:
     assert torch.equal(model.gain.grad, torch.full((3,), 0.25))
 
 
-@pytest.mark.parametrize("label", ["loss_scale", "training", "fxreg", "model", "for", "1", "a.b", "_buffers", "l²"])
+WORDS = ("loss_scale", "training", "fxreg", "model", "for", "self", "1", "a.b", "_buffers", "l²")
+
+
+@pytest.mark.parametrize("label", WORDS)
 def test_a_label_that_is_a_word_of_the_machinery_is_a_label_like_any_other(label: str) -> None:
     model = Encoder()
     gm = fxreg.transform(model, [fxreg.Rule(fxreg.l1(0.25), param="gain", label=label)], emit="output")
@@ -273,7 +276,8 @@ def test_a_strength_is_a_finite_number_that_is_not_negative(name: str) -> None:
 @pytest.mark.parametrize("name", STRONG)
 def test_every_other_real_number_is_one(name: str) -> None:
     own = name.partition(".")[2]
-    for value in (0, 0.0, 3, 1e-4, 5e-324, 1e300, torch.tensor(0.5), torch.tensor(2), np.float64(0.5)):
+    numbers = (0, 0.0, 3, 1e-4, 5e-324, 1e300, np.float64(0.5), np.float32(0.5), np.int64(2))
+    for value in (*numbers, torch.tensor(0.5), torch.tensor(2)):
         strengths = STRONG[name](value).strengths
         found = strengths[own] if own else next(iter(strengths.values()))
         assert (found, type(found)) == (float(value), float)

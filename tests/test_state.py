@@ -226,4 +226,7 @@ def test_what_fxreg_remembers_is_saved_apart_and_resumes_exactly() -> None:
         fxreg.load_state_dict(other, saved)
     with pytest.raises(fxreg.FxregError, match="shape"):
         fxreg.load_state_dict(other, {**before, "strengths.l1": torch.ones(2)})
+    for odd in (None, [], {**before, "strengths.l1": 0.1}):
+        with pytest.raises(fxreg.FxregError, match="a mapping of names to tensors"):
+            fxreg.load_state_dict(other, odd)  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(fxreg.state_dict(other).values(), before.values(), strict=True))
