@@ -5,7 +5,7 @@ re-tracing keep as a node (`is_wrapped`), and none of them has a backward of its
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,12 @@ def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
     versions = _versions(substitutes)
     call = _call_layer if _is_layer(module) and substitutes.keys() <= module._parameters.keys() else _call_any
     result = call(module, substitutes, args, kwargs)
+    if is_unfinished(result):
+        raise CaptureError(
+            f"the forward of {type(module).__name__} returns a {type(result).__name__}, which runs after the call: a "
+            "rule transforms the gradient of a parameter, which would be used untransformed there. Return what it "
+            "yields in a list, or use via='penalty'."
+        )
     if versions != _versions(substitutes):
         raise CaptureError(
             f"the forward of {type(module).__name__} changes a parameter in place, and a rule transforms that "
@@ -48,6 +54,11 @@ def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
             "behind the optimizer's step."
         )
     return result
+
+
+def is_unfinished(result: Any) -> bool:
+    """Whether what a forward returned has still to run."""
+    return isinstance(result, Iterator | AsyncIterator | Coroutine)
 
 
 def _is_layer(module: nn.Module) -> bool:

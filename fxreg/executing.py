@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .packages import is_installed
-from .scanning import ENVIRONMENT, context_name, is_foreign
+from .scanning import ENVIRONMENT, LOOKS_PAST, PAST, context_name, is_foreign, looks_past
 from .sizes import SYMBOLIC
 
 _INSTRUCTIONS = {
@@ -48,6 +48,7 @@ _MENTIONS = {
     "getenv": ENVIRONMENT,
     "_getframe": "looks at who calls it",
     "currentframe": "looks at who calls it",
+    **LOOKS_PAST,
 }
 _COMPILING = {torch.compiler.is_compiling.__code__, torch.compiler.is_dynamo_compiling.__code__}
 _TRACING = {torch.compiler.is_exporting.__code__, torch.jit.is_tracing.__code__}  # type: ignore[attr-defined]
@@ -70,6 +71,7 @@ _CHANGING = {
     for name in (
         "__delattr__", "register_buffer", "register_parameter", "add_module", "register_forward_hook",
         "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook", "_apply",
+        "__setstate__",
     )
 }  # fmt: skip
 """What changes a module, by the identity of its code: replacing methods of nn.Module takes longer than most traces."""
@@ -114,6 +116,8 @@ def watched(recorder: Any) -> Iterator[None]:
             elif frame.f_code is _HASH and not recorder.writer.is_kept_tensor(frame.f_locals["self"]):
                 recorder.give_up("hashes a tensor")
         elif event == "return" and recorder.thread and frame.f_code is _COPIES:
+            if isinstance(frame.f_locals["x"], nn.Module):
+                recorder.give_up(f"copies a {type(argument).__name__}")
             recorder.note_made(argument, is_new=True)
         elif event == "c_call" and recorder.thread and not is_foreign(frame.f_globals.get("__name__", "")):
             reason = _asked(argument)
@@ -229,6 +233,8 @@ def _flagged(code: types.CodeType) -> dict[int, str]:
                 or _is_of_builtins(instructions[position - 1])
             ):
                 found[instruction.offset] = _MENTIONS[argument]
+        elif looks_past(instructions, position):
+            found[instruction.offset] = PAST
         elif name == "LOAD_DEREF" and argument == "__class__" and instructions[position + 1].opname == "LOAD_ATTR":
             found[instruction.offset] = "asks for its own class"
         elif name in _INSTRUCTIONS:

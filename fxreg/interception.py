@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import Function
 
 from .hearing import meeting
+from .scanning import is_library
 from .surroundings import surroundings
 
 lock = threading.RLock()
@@ -107,6 +108,8 @@ def _on_modules(tracer: Any, called: list[nn.Module]) -> list[tuple[Any, str, An
     def read_plain(module: nn.Module, name: str) -> Any:
         value = plain_read(module, name)
         if name in _INTERNAL:
+            if name == "__dict__" and _ours(tracer) and not is_library(sys._getframe(1).f_globals.get("__name__")):
+                tracer.give_up(f"looks into the dictionary of a {type(module).__name__}")
             return value
         own = type(value) in _PLAIN or name in plain_read(module, "__dict__") or _is_of_class(module, name, value)
         if own and _ours(tracer):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
 
-from .calls import call_model, call_with
-from .errors import FxregError
+from .calls import call_model, call_with, is_unfinished
+from .errors import CaptureError, FxregError
 from .functions import directions
 from .hearing import Hearing
 from .operators import accumulation_dtype, total
@@ -73,6 +73,11 @@ def _penalized(module: nn.Module, watched: list[Watched], call: Callable[..., An
     what = {inner: str(what) for inner, (*_, what) in zip(modules, watched, strict=True)}
     with Hearing(module, what, note) as hearing:
         result = call(*args)
+    if is_unfinished(result):
+        raise CaptureError(
+            f"the forward of {type(module).__name__} returns a {type(result).__name__}, which runs after the call: the "
+            f"{what[modules[0]]} cannot be penalized in it. Return what it yields in a list."
+        )
     return result, [total(found) if found else zero for found in terms]
 
 

@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,8 @@ from .packages import is_installed
 
 ENVIRONMENT = "reads the environment"
 """What an installed package reads of it is taken for constant."""
+PAST = "reads what an object keeps, past its attributes"
+LOOKS_PAST = dict.fromkeys(("getattr_static", "__getstate__", "__reduce_ex__"), PAST)
 _OPCODES = {
     "BEFORE_WITH": "enters",
     "BEFORE_ASYNC_WITH": "enters",
@@ -56,6 +58,7 @@ _ASKS = {
     "currentframe": "looks at who calls it",
     "getsizeof": "asks how large an object is",
     "dir": "asks for the names of attributes",
+    **LOOKS_PAST,
     "environ": ENVIRONMENT,
     "getenv": ENVIRONMENT,
     "get_num_threads": "reads a global mode",
@@ -300,6 +303,8 @@ def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
             if _ASKS[argument] == ENVIRONMENT and is_installed(space.get("__name__")):
                 continue
             return _ASKS[argument]
+        if looks_past(instructions, position):
+            return PAST
         if name == "LOAD_GLOBAL" and hasattr(type(space.get(argument)), "__next__"):
             return f"reads the iterator {argument}"
         if name == "LOAD_GLOBAL" and (asks := _asks_under_another_name(space.get(argument))):
@@ -319,6 +324,12 @@ def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
                 continue  # the tracer notices by itself, and only if it happens
         return f"{_OPCODES[name]} {argument!r}"
     return None
+
+
+def looks_past(instructions: Sequence[dis.Instruction], position: int) -> bool:
+    """Whether code reads an attribute by `object.__getattribute__`, which no class hears of."""
+    owner, name = (instructions[place].argval for place in (position - 1, position))
+    return (owner, name) == ("object", "__getattribute__")
 
 
 def _asks_under_another_name(value: Any) -> str | None:

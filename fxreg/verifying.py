@@ -238,7 +238,7 @@ def _probe(outputs: Sequence[Tensor], trial: _Trial) -> Tensor:
 def _gradients(loss: Tensor, parameters: Mapping[str, Tensor], compiled: bool) -> dict[str, Tensor | None]:
     try:
         found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=not compiled, allow_unused=True)
-        return dict(zip(parameters, found, strict=True))
+        return dict(zip(parameters, map(_dense, found), strict=True))
     except RuntimeError as error:
         if "checkpoint" not in str(error):
             raise
@@ -247,10 +247,15 @@ def _gradients(loss: Tensor, parameters: Mapping[str, Tensor], compiled: bool) -
         for parameter in parameters.values():
             parameter.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        return {name: parameter.grad for name, parameter in parameters.items()}
+        return {name: _dense(parameter.grad) for name, parameter in parameters.items()}
     finally:
         for name, parameter in parameters.items():
             parameter.grad = held[name]
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    """The gradient of an embedding may be sparse; what the rules make of it is not."""
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
 
 
 def _with_rules(state: State, run: _Run, weight: float | None) -> dict[str, Tensor | None]:

@@ -1863,6 +1863,34 @@ class SetOutput(Net):
         return self.fc(x) * self.w, {"a"}
 
 
+def _other_gain(model: nn.Module) -> None:
+    vars(model)["gain"] = 5.0
+
+
+class Gained(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = 2.0
+
+
+@case("an attribute that no class hears of", later=_other_gain, nests=False)
+class AttributeOfObject(Gained):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * object.__getattribute__(self, "gain")
+
+
+@case("an attribute of the state", later=_other_gain, nests=False)
+class AttributeOfState(Gained):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.__getstate__()["gain"]  # type: ignore[operator]
+
+
+@case("an attribute of a copy", later=_other_gain, nests=False)
+class AttributeOfCopy(Gained):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * copy.copy(self).gain
+
+
 @case("a generator", refusal="a generator's tensors cannot be seen before it is run", nests=False)
 class Generates(Net):
     def forward(self, x: Tensor) -> Iterator[Tensor]:

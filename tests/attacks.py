@@ -9,6 +9,7 @@ import contextvars
 import copy
 import enum
 import functools
+import inspect
 import random
 import types
 from typing import Any
@@ -827,6 +828,65 @@ class CountingDict(Net):
 
     def run(self, x: Tensor) -> Any:
         return self.fc(x) * self.table["k"]
+
+
+# Attributes that are read past the attribute.
+
+
+class Past(Net):
+    gain: Any
+
+    def prepare(self) -> None:
+        self.gain = 2.0
+
+
+def later_gain() -> Any:
+    return (set_to(gain=5.0),)
+
+
+@attack("an attribute from the dictionary", later=later_gain)
+class InDictionary(Past):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * self.__dict__["gain"]
+
+
+@attack("an attribute from the dictionary, by another name for it", later=later_gain)
+class InVars(Past):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * next(map(vars, [self]))["gain"]
+
+
+@attack("an attribute from the dictionary, which a `__getattr__` looks into", later=later_gain)
+class InDictionaryOfGetattr(Past):
+    def __getattr__(self, name: str) -> Any:
+        return self.__dict__["gain"] if name == "factor" else super().__getattr__(name)
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * self.factor
+
+
+@attack("an attribute that no class hears of", later=later_gain)
+class InObject(Past):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * object.__getattribute__(self, "gain")
+
+
+@attack("an attribute that is asked for without running anybody's code", later=later_gain)
+class InStatic(Past):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * inspect.getattr_static(self, "gain")
+
+
+@attack("an attribute of the state", later=later_gain)
+class InState(Past):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * self.__getstate__()["gain"]  # type: ignore[operator]
+
+
+@attack("an attribute of a copy", later=later_gain)
+class InCopy(Past):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * copy.copy(self).gain
 
 
 # Writes to what no snapshot reaches.

@@ -881,3 +881,23 @@ def test_a_graph_that_switches_gradients_off_around_a_first_use_trains_by_the_la
     gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.3), param="weight", via=via), example_inputs=(inputs,))
     (found,) = torch.autograd.grad(gm(inputs).sum(), weight)
     torch.testing.assert_close(found, expected)
+
+
+class _Yielding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        for _ in range(2):
+            x = self.linear(x)
+            yield x
+
+
+@pytest.mark.parametrize(
+    "rule", [fxreg.Rule(fxreg.scale(0.5)), fxreg.Rule(fxreg.l2(1.0), layer=nn.Linear, on="output")]
+)
+def test_what_runs_after_the_call_is_refused_where_a_rule_would_not_act_there(rule: fxreg.Rule) -> None:
+    gm = fxreg.transform(_Yielding(), rule, emit="output")
+    with pytest.raises(fxreg.CaptureError, match=r"returns a generator, which runs after the call.*in a list"):
+        gm(torch.ones(2, 3))

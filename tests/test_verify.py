@@ -373,3 +373,12 @@ def test_another_gradient_at_an_input_is_rejected() -> None:
     gm.recompile()
     with pytest.raises(fxreg.VerifyError, match="input 0"):
         fxreg.verify(gm, model, (x,))
+
+
+@pytest.mark.parametrize("rule", [fxreg.Rule(fxreg.l1(0.01)), fxreg.Rule(fxreg.scale(0.5))])
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_compared_as_dense_ones(layer: type[nn.Module], rule: fxreg.Rule) -> None:
+    kwargs = {"mode": "sum"} if layer is nn.EmbeddingBag else {}
+    model = nn.Sequential(layer(5, 3, sparse=True, **kwargs), nn.Linear(3, 2))
+    gm = fxreg.transform(model, rule, example_inputs=(torch.tensor([[0, 1], [3, 3]]),))
+    assert fxreg.explain(gm).verified
