@@ -114,13 +114,14 @@ def set_loss_scale(gm: nn.Module, scale: float | Tensor) -> None:
 
 
 @torch.no_grad()
-def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
+def penalties(gm: nn.Module, /, *inputs: Any, **named: Any) -> dict[str, Tensor]:
     """Every penalty's value s·R now, by label: summed over its parameters, detached, without the loss scale.
 
     Args:
         gm: what `fxreg.transform` returned; no forward call is needed.
         inputs: only for rules on activations: the model runs on them, in its mode, and its state, RNG and buffers are
             put back.
+        named: inputs by name, likewise: `fxreg.penalties(gm, **batch)`.
 
     Returns:
         0-d tensors, for every rule whose effect is a penalty, whatever its `via`.
@@ -141,10 +142,10 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
     parameters = dict(emitted(gm).named_parameters())
     found: dict[str, Tensor] = {}
     plan = state.provenance.plan
-    if plan.on_forward and not inputs:
+    if plan.on_forward and not (inputs or named):
         raise FxregError(
             f"penalties: rule {plan.on_forward[0].label!r} is on activations, which depend on inputs. Pass them: "
-            "fxreg.penalties(gm, *inputs)."
+            "fxreg.penalties(gm, *inputs), or by name."
         )
 
     def add(label: str, value: Tensor) -> None:
@@ -158,7 +159,7 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
             value = edit.effect.definition.formula.value(parameters[edit.site], live, live_arguments(state, edit))
             add(edit.label, value)
     if plan.on_forward:
-        args = map_tensors(fresh, inputs)
+        args, kwargs = map_tensors(fresh, (inputs, named))
         note = lambda edit, activation: add(edit.label, activation_value(state, edit, activation))  # noqa: E731
         # Torch's layers take other ways where no gradient is wanted.
         with (
@@ -166,9 +167,9 @@ def penalties(gm: nn.Module, *inputs: Any) -> dict[str, Tensor]:
             borrowed(state.model, [state], training=None),
             observing(state.model, plan.activations, note),
         ):
-            state.model(*args)
+            state.model(*args, **kwargs)
             for edit in plan.functions:
-                add(edit.label, function_value(state, edit, state.model, args, {}))
+                add(edit.label, function_value(state, edit, state.model, args, kwargs))
     return {label: value.detach() for label, value in found.items()}
 
 

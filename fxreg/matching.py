@@ -251,8 +251,24 @@ def _matched_nothing(label: str, rule: Rule, model: nn.Module) -> str:
     keys = "layer=, name=, param=, exclude= or where=" if rule.on == "param" else "layer=, name=, exclude= or where="
     return (
         f"rule {label!r}{conditions} matched no {'parameter' if rule.on == 'param' else 'module'}"
-        f"{_nearest(near, what)}. Mend {keys}, or pass optional=True."
+        f"{_nearest(near, what)}. {_divided(rule, model)}Mend {keys}, or pass optional=True."
     )
+
+
+def _divided(rule: Rule, model: nn.Module) -> str:
+    """What to say where a key has full names of parameters, which takes two keys."""
+    full = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    parts = {"name": [path for path, _ in model.named_modules()], "param": [one.rpartition(".")[2] for one in full]}
+    for key, own in parts.items() if rule.on == "param" else ():
+        pattern = getattr(rule, key)
+        wants = matcher(pattern) if pattern is not None else None
+        if wants is not None and not any(map(wants, own)) and any(map(wants, full)):
+            path, _, name = next(filter(wants, full)).rpartition(".")
+            return (
+                f"{key}={pattern!r} has full names of parameters. Give the module's path and the parameter's own "
+                f"name apart, as in name={path!r}, param={name!r}. "
+            )
+    return ""
 
 
 def _nearest(names: list[str], what: str = "names") -> str:

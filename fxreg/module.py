@@ -290,7 +290,10 @@ def emitted(gm: nn.Module) -> RegularizedModule:
     """
     found = gm if isinstance(gm, RegularizedModule) else getattr(gm, "_orig_mod", None)
     if not isinstance(found, RegularizedModule):
-        raise FxregError(f"expected a module that fxreg.transform returned, got {type(gm).__name__}.")
+        inside = dict(gm.named_modules()) if isinstance(gm, nn.Module) else {}
+        path = next((path for path, one in inside.items() if isinstance(one, RegularizedModule)), None)
+        mend = "" if path is None else f" There is one inside, at {path!r}: pass that."
+        raise FxregError(f"expected a module that fxreg.transform returned, got {type(gm).__name__}.{mend}")
     return found
 
 

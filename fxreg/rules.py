@@ -194,11 +194,16 @@ def checked_rules(rules: "Rule | Iterable[Rule]") -> tuple[Rule, ...]:
     try:
         result = tuple(rules)
     except TypeError:
-        raise RuleError(f"rules must be a sequence of fxreg.Rule, got {rules!r}.") from None
+        raise RuleError(f"rules must be a sequence of fxreg.Rule, got {rules!r}.{_as_rule(rules)}") from None
     for position, rule in enumerate(result):
         if not isinstance(rule, Rule):
-            raise RuleError(f"rules[{position}] must be a fxreg.Rule, got {rule!r}.")
+            raise RuleError(f"rules[{position}] must be a fxreg.Rule, got {rule!r}.{_as_rule(rule)}")
     return result
+
+
+def _as_rule(found: object) -> str:
+    """How to mend what was given in the place of a rule."""
+    return f" Write fxreg.Rule({found!r}, …), which says where it acts." if isinstance(found, Effect) else ""
 
 
 def matcher(pattern: str) -> Callable[[str], object]:

@@ -985,3 +985,18 @@ def test_what_is_inside_a_scripted_module_is_refused() -> None:
     for model, name in ((scripted, "0"), (nn.Sequential(scripted, nn.Linear(4, 4)), "0.0")):
         with pytest.raises(fxreg.CaptureError, match=r"it is inside (0|the model), which is scripted"):
             fxreg.transform(model, fxreg.Rule(fxreg.l1(S), name=name, on="output"))
+
+
+def test_penalties_take_inputs_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, *, ids: Tensor) -> Tensor:
+            return self.linear(ids)
+
+    model, x = Named(), torch.randn(2, 4)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(S), layer="Linear", on="output"), example_inputs={"ids": x})
+    wanted = S * (x @ model.linear.weight.T + model.linear.bias).abs().sum()
+    torch.testing.assert_close(fxreg.penalties(gm, ids=x)["l1"], wanted.detach())

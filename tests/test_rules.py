@@ -397,6 +397,18 @@ def test_a_rule_that_matches_nothing_says_so_with_the_nearest_names_and_both_rem
     assert "dim=" not in message.partition("matched")[0], "the conditions are quoted, not the effect's own arguments"
 
 
+@pytest.mark.parametrize("keys", [{"name": "encoder.0.weight"}, {"param": "encoder.0.weight"}, {"name": "enc*.weight"}])
+def test_a_full_name_in_one_key_is_divided_in_two(keys: dict[str, str]) -> None:
+    assert "as in name='encoder.0', param='weight'" in refused(fxreg.Rule(fxreg.l1(0.1), **keys))
+    assert "as in" not in refused(fxreg.Rule(fxreg.l1(0.1), name="decoder", param="*weight"))
+
+
+def test_an_effect_in_the_place_of_a_rule_is_told_to_be_in_one() -> None:
+    for rules in (fxreg.l1(0.1), [fxreg.l1(0.1)]):
+        with pytest.raises(fxreg.RuleError, match=r"Write fxreg\.Rule\(l1\(0\.1\), …\)"):
+            fxreg.explain(nn.Linear(2, 2), rules)  # type: ignore[arg-type]
+
+
 def test_a_parameter_that_is_not_there_is_answered_with_parameters() -> None:
     message = refused(fxreg.Rule(fxreg.l1(0.1), param="gian"))
     assert "'l1'" in message

@@ -230,3 +230,9 @@ def test_what_fxreg_remembers_is_saved_apart_and_resumes_exactly() -> None:
         with pytest.raises(fxreg.FxregError, match="a mapping of names to tensors"):
             fxreg.load_state_dict(other, odd)  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(fxreg.state_dict(other).values(), before.values(), strict=True))
+
+
+def test_a_wrapper_around_an_emitted_module_is_refused_with_where_it_is() -> None:
+    gm = fxreg.transform(nn.Linear(2, 2), fxreg.Rule(fxreg.l1(0.1)))
+    with pytest.raises(fxreg.FxregError, match=r"got Sequential\. There is one inside, at '0': pass that"):
+        fxreg.strengths(nn.Sequential(gm))
