@@ -27,7 +27,7 @@ def lower(model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> Regul
     Raises:
         CaptureError: a gradient transform on a parameter that is also reached past its registered name; a rule on calls
             that may stand where the graph does not see them.
-        MatchError: a rule on activations that finds no call.
+        MatchError: a rule on activations that finds no call, or one that has the same penalty already.
     """
     lowering = _Lowering(model, captured, plan, emit)
     gm = lowering.emitted()
@@ -37,7 +37,7 @@ def lower(model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> Regul
     vars(lowering.state)["others"] = tuple(one.emitted() for one in others)  # no children: they have the state for one
     if plan.functions:
         vars(lowering.state)["function"] = lower(model, captured, Plan(()), "backward")
-    check_called(plan, [lowering.calls, *(one.calls for one in others)])
+    check_called(plan, [lowering, *others])
     return gm
 
 

@@ -69,7 +69,7 @@ def select(model: nn.Module, rules: tuple[Rule, ...]) -> Iterator[Match]:
                     near = difflib.get_close_matches(layer, sorted({c.__name__ for c in classes}), n=3)
                     raise RuleError(
                         f"rule {label!r}: {key}={layer!r} names a class that is neither in torch.nn nor in the model"
-                        f"{_nearest(near)}. Mend {key}=."
+                        f"{nearest(near)}. Mend {key}=."
                     )
         chosen: tuple[AnySite, ...]
         if rule.on == "param":
@@ -251,7 +251,7 @@ def _matched_nothing(label: str, rule: Rule, model: nn.Module) -> str:
     keys = "layer=, name=, param=, exclude= or where=" if rule.on == "param" else "layer=, name=, exclude= or where="
     return (
         f"rule {label!r}{conditions} matched no {'parameter' if rule.on == 'param' else 'module'}"
-        f"{_nearest(near, what)}. {_divided(rule, model)}Mend {keys}, or pass optional=True."
+        f"{nearest(near, what)}. {_divided(rule, model)}Mend {keys}, or pass optional=True."
     )
 
 
@@ -271,5 +271,6 @@ def _divided(rule: Rule, model: nn.Module) -> str:
     return ""
 
 
-def _nearest(names: list[str], what: str = "names") -> str:
+def nearest(names: list[str], what: str = "names") -> str:
+    """The end of an error's first sentence: what might have been meant."""
     return f"; nearest {what}: {', '.join(map(repr, names))}" if names else ""

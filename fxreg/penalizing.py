@@ -1,6 +1,8 @@
 """Writing penalties on activations into a graph: behind the calls that it shows, and into those that it does not."""
 
+import difflib
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,20 +14,25 @@ from .hidden_uses import reached
 from .inserting import Insertion
 from .layers import is_plain_layer
 from .locating import Places, Spot, says_it_writes
+from .matching import nearest
 from .module import CHILD
 from .planning import PenalizeActivation, Plan
 from .rules import op_name
 from .side_channels import has_hooks
-from .torch_calls import written
+from .torch_calls import call_name, written
 
 
 def penalize_activations(into: Insertion) -> list[fx.Node]:
     """Put a penalty where activations pass, and take the marks away; returns the penalties."""
     places = Places(into.model, into.graph)
     terms, inside = list[fx.Node](), dict[fx.Node, list[tuple[PenalizeActivation, str]]]()
+    penalized: dict[tuple[fx.Node, str], list[PenalizeActivation]] = {}
     for edit in into.plan.activations:
         found = into.calls.setdefault(edit.label, [])
         for spot in [*places.spots(edit)]:
+            if edit.op is not None:
+                call = spot.values[0] if edit.on == "output" else spot.before
+                _check_once(edit, call, penalized.setdefault((call, edit.on), []))
             with into.graph.inserting_before(spot.before):
                 terms.append(_at(into, places, edit, spot))
             found.append(terms[-1].name)
@@ -124,15 +131,36 @@ def _hidden(into: Insertion) -> dict[str, str]:
     return found
 
 
-def check_called(plan: Plan, found: list[dict[str, list[str]]]) -> None:
+def check_called(plan: Plan, insertions: Sequence[Insertion]) -> None:
     """Raise a MatchError for a rule on activations that no graph has a penalty of."""
     for edit in plan.activations:
-        if not edit.optional and not any(one.get(edit.label) for one in found):
-            what = "the modules it matches" if edit.op is None else op_name(edit.op)
+        if not edit.optional and not any(one.calls.get(edit.label) for one in insertions):
+            what, near = "the modules it matches", ""
+            if edit.op is not None:
+                what, near = op_name(edit.op), _nearest_calls(op_name(edit.op), insertions)
             raise MatchError(
-                f"rule {edit.label!r} ({edit.site}): the forward makes no call of {what}. Mend op=, name= or layer=, "
-                "or pass optional=True."
+                f"rule {edit.label!r} ({edit.site}): the forward makes no call of {what}{near}. Mend op=, name= or "
+                "layer=, or pass optional=True."
             )
+
+
+def _nearest_calls(wanted: str, insertions: Sequence[Insertion]) -> str:
+    """The names of calls that the forward does make, as `op=` takes them."""
+    nodes = [node for one in insertions for node in one.graph.nodes if node.name not in one.nodes]
+    full = [call_name(node.op, node.target) for node in nodes if node.op in ("call_function", "call_method")]
+    by_name = {name.rpartition(".")[2]: name for name in full if not name.startswith("fxreg.")}
+    return nearest([by_name[name] for name in difflib.get_close_matches(wanted, by_name, n=3, cutoff=0)], "calls")
+
+
+def _check_once(edit: PenalizeActivation, call: fx.Node, others: list[PenalizeActivation]) -> None:
+    """Raise for a call that another rule puts the same on, which says otherwise what is called."""
+    for other in others:
+        if other.effect.same_but_strength(edit.effect):
+            raise MatchError(
+                f"rules {other.label!r} and {edit.label!r} are duplicates: both put {edit.effect.name} on the "
+                f"{edit.on} of a call of {call_name(call.op, call.target)}. Drop one, or keep them apart with name=."
+            )
+    others.append(edit)
 
 
 def _at(into: Insertion, places: Places, edit: PenalizeActivation, spot: Spot) -> fx.Node:

@@ -191,15 +191,20 @@ def is_call_of(op: Any, kind: str, target: Any) -> bool:
     """Whether a node of that kind and target calls a function or method, or one of that name."""
     if kind not in ("call_function", "call_method"):
         return False
-    name = target if kind == "call_method" else str(getattr(target, "__name__", ""))
+    full = call_name(kind, target)
+    name = full.rpartition(".")[2]
     if isinstance(op, str):
-        module = "torch.Tensor" if kind == "call_method" else str(getattr(target, "__module__", None) or "torch")
-        return _SPELLED.get(name, name) == _SPELLED.get(op, op) or (
-            "." in op and f".{module}.{name}".endswith(f".{op}")
-        )
+        return _SPELLED.get(name, name) == _SPELLED.get(op, op) or ("." in op and f".{full}".endswith(f".{op}"))
     if kind == "call_function":
         return target is op
     return getattr(Tensor, name, None) is op
+
+
+def call_name(kind: str, target: Any) -> str:
+    """The dotted name of the function or method that a node of that kind and target calls."""
+    if kind == "call_method":
+        return f"torch.Tensor.{target}"
+    return f"{getattr(target, '__module__', None) or 'torch'}.{getattr(target, '__name__', '')}"
 
 
 def cone(node: fx.Node) -> set[fx.Node]:
