@@ -7,7 +7,6 @@ import functools
 import gc
 import inspect
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .ambient import ambient
 from .packages import is_installed
 from .scanning import ENVIRONMENT, LOOKS_PAST, PAST, context_name, is_foreign, looks_past
 from .sizes import SYMBOLIC
@@ -61,9 +61,6 @@ _QUESTIONS = {
     torch._C._is_any_autocast_enabled: "reads autocast",
     torch.get_autocast_dtype: "reads autocast",
     torch.get_default_dtype: "reads the default dtype",
-    time.time: "reads the clock",
-    time.perf_counter: "reads the clock",
-    time.monotonic: "reads the clock",
 }
 
 _CHANGING = {
@@ -93,7 +90,7 @@ def watched(recorder: Any) -> Iterator[None]:
             recorder.note_change(frame.f_locals["self"], _CHANGING[id(frame.f_code)])
         if not recorder.thread or is_foreign(frame.f_globals.get("__name__", "")):
             return None
-        recorder.note_entered(frame.f_code, frame.f_globals)
+        _note_entered(recorder, frame.f_code, frame.f_globals)
         frame.f_trace_lines = False
         frame.f_trace_opcodes = bool(_flagged(frame.f_code))
         return step
@@ -143,6 +140,12 @@ def watched(recorder: Any) -> Iterator[None]:
         sys.setprofile(before[1])
         if collects:
             gc.enable()
+
+
+def _note_entered(recorder: Any, code: types.CodeType, space: dict[str, Any]) -> None:
+    if asks := ambient(code, space):
+        recorder.give_up(f"{code.co_qualname} {asks}")
+    recorder.note_entered(code, space)
 
 
 class entering:  # noqa: N801  a context manager, of which there are thousands

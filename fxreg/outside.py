@@ -4,6 +4,7 @@ A graph holds the values as they were when it was captured. What is compared lat
 functions of an installed package, and what it keeps in containers and objects of its own, are taken for constant.
 """
 
+import functools
 import inspect
 import logging
 import sys
@@ -95,4 +96,4 @@ def _is_of_library(value: Any) -> bool:
     if isinstance(value, types.ModuleType):
         return is_foreign(value.__name__)
     kind = value if isinstance(value, type) else type(value)
-    return is_library(kind.__module__) and not isinstance(value, Collection)
+    return is_library(kind.__module__) and not isinstance(value, Collection | functools.partial)

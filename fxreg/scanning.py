@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .ambient import ambient
 from .enclosed import codes_in, defaults, enclosed, slots
 from .hearing import untold
 from .packages import is_installed
@@ -294,6 +295,8 @@ def _changes_a_global(code: types.CodeType, space: dict[str, Any]) -> bool:
 
 
 def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
+    if asks := ambient(code, space):
+        return asks
     instructions = [*dis.get_instructions(code)]
     if code.co_exceptiontable and "BEFORE_WITH" not in {i.opname for i in instructions}:
         return "catches exceptions"
