@@ -75,6 +75,7 @@ def _effect(definition: "Definition[Any]", strengths: dict[str, float], argument
 
 
 def _shown(value: object) -> str:
+    value = value[0] if isinstance(value, tuple) and len(value) == 1 else value  # as it is mostly given
     return f"<tensor {tuple(value.shape)}>" if isinstance(value, Tensor) else repr(value)
 
 
@@ -94,12 +95,12 @@ class Definition(Generic[P]):
         self.name: str = function.__name__
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
-        self.__name__ = function.__name__
-        self.__qualname__ = function.__qualname__
+        self.__name__, self.__qualname__ = function.__name__, function.__qualname__
         self.__wrapped__ = function
         self.parameters = tuple(self._read_parameters())
         self._misfits: dict[tuple[object, ...], str | None] = {}
         self.__signature__ = signature(self.parameters, Effect)
+        self.usage = f"{self.name}{self.__signature__}".partition(" ->")[0]
         self.fingerprint = Fingerprint()
         self.register()
 
@@ -184,7 +185,7 @@ class Definition(Generic[P]):
         try:
             bound = self.__signature__.bind(*args, **kwargs)
         except TypeError as error:
-            raise RuleError(f"{self.name}{self.__signature__}: {error}.") from None
+            raise RuleError(f"{self.usage}: {error}.") from None
         bound.apply_defaults()
         strengths, arguments = {}, {}
         for argument in self.parameters:
@@ -207,7 +208,7 @@ class Definition(Generic[P]):
         return schema(self.parameters, leading, tail)
 
     def __repr__(self) -> str:
-        return f"<fxreg effect {self.name}{self.__signature__}>"
+        return f"<fxreg effect {self.usage}>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Definition[P]":
         return self

@@ -83,7 +83,7 @@ def sparse_group_lasso(weight: Tensor, *, l1: Strength, group: Strength, dim: Nu
 
     >>> import fxreg
     >>> fxreg.sparse_group_lasso(l1=1e-4, group=1e-3, dim=1)
-    sparse_group_lasso(l1=0.0001, group=0.001, dim=(1,), size=(1,))
+    sparse_group_lasso(l1=0.0001, group=0.001, dim=1, size=1)
 
     Source: Simon, Friedman, Hastie and Tibshirani (2013), "A sparse-group lasso".
     """

@@ -239,7 +239,7 @@ def test_memory_in_another_order_is_the_same_parameter(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_what_is_no_size_is_refused_when_it_is_asked_for(name: str) -> None:
     for dim, size, message in (
-        (0, 0, r"size=\(0,\)\): size must be at least 1"), ((0, 1), (2, -2), "size must be at least 1"),
+        (0, 0, r"size=0\): size must be at least 1"), ((0, 1), (2, -2), "size must be at least 1"),
         (0, (2, 2), "size has 2 number"), ((0, 1), (1, 2, 3), "size has 3 number"), ((), 2, "dim names none"),
         (0, 2.0, r"size=…\): expected int"), (0, True, r"size=…\): expected int"),
     ):  # fmt: skip

@@ -922,3 +922,11 @@ def test_two_modules_of_one_model_have_strengths_of_their_own() -> None:
     first, second = fxreg.transform(model, rule), fxreg.transform(model, rule)
     fxreg.strengths(first)["l1"] = 0.0
     assert float(fxreg.strengths(second)["l1"]) == 0.5
+
+
+def test_an_effect_is_shown_as_it_is_mostly_written() -> None:
+    assert repr(fxreg.group_lasso(0.1, dim=(0,))) == "group_lasso(0.1, dim=0, size=1)"
+    assert repr(fxreg.group_lasso(0.1, dim=(0, 1), size=(2, 4))) == "group_lasso(0.1, dim=(0, 1), size=(2, 4))"
+    assert repr(fxreg.group_lasso) == "<fxreg effect group_lasso(strength, dim=0, size=1)>"
+    with pytest.raises(fxreg.RuleError, match=r"^group_lasso\(strength, dim=0, size=1\): got an unexpected"):
+        fxreg.group_lasso(0.1, axis=0)  # type: ignore[call-arg]
