@@ -1,7 +1,10 @@
 """Noticing that a model is no longer what was captured: what a graph holds as it was is compared before each call."""
 
+import enum
+import functools
 import inspect
 import types
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +21,11 @@ from .hearing import has_own_forward, untold
 from .outside import Outside, read_outside
 from .scanning import is_library
 from .side_channels import GLOBAL_HOOKS, HOOKS
-from .structure import PLAIN, alike
+from .structure import alike
 from .witnesses import Witness
+
+_COMPARED = (types.FunctionType, types.MethodType, functools.partial, tuple, frozenset, enum.Enum)
+"""Of these Dynamo does not guard that two are the same one, or they are quickly compared."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Remembered:
     Attributes:
         path: from the model to the module.
         kind: the qualified name of its class if its forward was traced, otherwise "".
-        values: the attributes that were read, as they were.
+        values: the attributes that were read, as they were, each with the number of the object that it was, or None.
         parameters: the names of its own parameters.
         hooks: its hooks of each kind; None where only its class's forward is in the graph, whatever is
             done around it.
@@ -41,7 +47,7 @@ class Remembered:
 
     path: tuple[str, ...]
     kind: str
-    values: tuple[tuple[str, Any], ...]
+    values: tuple[tuple[str, Any, int | None], ...]
     parameters: tuple[str, ...]
     hooks: tuple[Any, ...] | None = ()
     children: tuple[Any, ...] = ()
@@ -62,17 +68,14 @@ def remember(
     codes = [*codes]
     mentioned = sorted({"forward"}.union(*(names_in_code(code).attributes for code, _ in codes)))
     methods = _methods(map(type, modules.values()), mentioned)
-    objects: set[int] = set()  # one object, a configuration say, may be everybody's: once is enough
     for (_, path, name), value in reads:
-        if id(value) not in objects:
-            values.setdefault(path, {})[name] = frozen(value)
-            if not isinstance(value, PLAIN):
-                objects.add(id(value))
+        values.setdefault(path, {})[name] = value
+    objects: dict[int, tuple[Any, int]] = {}  # one, a configuration say, may be everybody's: once is enough
     return tuple(
         Remembered(
             tuple(path.split(".")) if path else (),
             _kind(modules[path]) if path in modules else "",
-            tuple(found.items()),
+            tuple((name, *_as_it_is(value, objects)) for name, value in found.items()),
             _own_parameters(modules.get(path, root if not path else None)),
             _hooks(modules[path]) if path in modules else (),
             _children(modules[path]) if path in modules else (),
@@ -81,6 +84,16 @@ def remember(
         )
         for path, found in values.items()
     )
+
+
+def _as_it_is(value: Any, objects: dict[int, tuple[Any, int]]) -> tuple[Any, int | None]:
+    """A value frozen, and its number among some objects, if it is one that two attributes may have in common."""
+    own = getattr(value, "__dict__", None)
+    if not isinstance(value, list | dict | set | deque) and (type(own) is not dict or isinstance(value, _COMPARED)):
+        return frozen(value), None
+    if id(value) not in objects:
+        objects[id(value)] = frozen(value), len(objects)
+    return objects[id(value)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -98,14 +111,14 @@ def check_unchanged(
     for name, child in model._modules.items():
         if children.get(name) is not child:
             raise _changed((name,), "was replaced")
-    remembered = [*remembered]
+    remembered, met = [*remembered], dict[int | None, Any]()
     if values and any(one.kind for one in remembered) and _has_global_hooks():
         raise _changed((), "is called with global hooks on modules")
     for one in remembered:
         module: Any = model
         for part in one.path:
             module = module._modules.get(part) if module is not None else None
-        what = "was removed" if module is None else _difference(module, one, values)
+        what = "was removed" if module is None else _difference(module, one, values, met)
         if what:
             raise _changed(one.path, what)
 
@@ -118,11 +131,12 @@ def check_guarded(
     for name, child in children.items():
         if model._modules.get(name) is not child:
             raise _changed((name,), "was replaced")
+    met: dict[int | None, Any] = {}
     for one in remembered:
         module: Any = model if not one.path else children.get(one.path[0])
         for part in one.path[1:]:
             module = getattr(module, part, None)
-        what = "was removed" if module is None else _guarded_difference(module, one, values)
+        what = "was removed" if module is None else _guarded_difference(module, one, values, met)
         if what:
             raise _changed(one.path, what)
 
@@ -133,7 +147,7 @@ def _has_global_hooks() -> bool:
     return any(not is_library(getattr(hook, "__module__", None)) for hook in hooks)
 
 
-def _guarded_difference(module: nn.Module, then: Remembered, values: bool) -> str | None:
+def _guarded_difference(module: nn.Module, then: Remembered, values: bool, met: dict[int | None, Any]) -> str | None:
     if then.kind:
         if _kind(module) != then.kind:
             return "is of another type"
@@ -161,18 +175,26 @@ def _guarded_difference(module: nn.Module, then: Remembered, values: bool) -> st
                         return f"has another {name!r}"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
-    for name, value in then.values if values else ():
+    for name, value, number in then.values if values else ():
         now = getattr(module, name, ...)
+        if number in met and now is met[number]:  # which Dynamo guards, of such objects
+            continue
         if not is_as_frozen(now, value):
             return f"has another {name!r}"
+        if number is not None:
+            met[number] = now
     for outside in then.outside if values else ():
         if not is_as_frozen(outside.now(), outside.value):
             return f"reads {outside.name!r}, which is another now"
     return None
 
 
-def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None:
-    """What is new about a module, if anything."""
+def _difference(module: nn.Module, then: Remembered, values: bool, met: dict[int | None, Any]) -> str | None:
+    """What is new about a module, if anything.
+
+    Args:
+        met: the objects by number that were found to be as they were: whose they are, too, they are still.
+    """
     own = vars(module)
     if then.kind:
         if type(module) is nn.Module and then.kind != _kind(module):
@@ -189,10 +211,14 @@ def _difference(module: nn.Module, then: Remembered, values: bool) -> str | None
             return f"has another {other!r}"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
-    for name, value in then.values if values else ():
+    for name, value, number in then.values if values else ():
         now = own[name] if name in own else getattr(module, name, ...)
+        if number in met and now is met[number]:
+            continue
         if not then.witness.agrees(name, now, value):
             return f"has another {name!r}"
+        if number is not None:
+            met[number] = now
     for outside in then.outside if values else ():
         if not then.witness.agrees(outside.name, outside.now(), outside.value):
             return f"reads {outside.name!r}, which is another now"

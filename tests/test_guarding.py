@@ -125,6 +125,15 @@ class Layer(nn.Module):
         return self.use(self.value, self.linear(x))
 
 
+class Beside(nn.Module):
+    def __init__(self, one: Layer, other: Layer) -> None:
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, x: Tensor) -> Any:
+        return self.one(x), self.other(x)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_another_value_is_noticed(name: str, is_compiled: bool) -> None:
@@ -138,6 +147,24 @@ def test_another_value_is_noticed(name: str, is_compiled: bool) -> None:
         torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
     model.value = after
     with pytest.raises(Exception, match="the model changed since it was captured: it has another 'value'"):
+        called(ROW)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_another_value_is_noticed_where_one_object_was_everybodys(name: str, is_compiled: bool) -> None:
+    torch.compiler.reset()
+    before, after, use = CASES[name]
+    model = Beside(Layer(before, use), Layer(before, use))
+    gm = fxreg.transform(model, L1)
+    assert not fxreg.explain(gm).opaque
+    called: Any = torch.compile(gm, backend="eager", fullgraph=True) if is_compiled else gm
+    for _ in range(2):
+        torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
+    model.other.value = after
+    with pytest.raises(
+        Exception, match="the model changed since it was captured: its module 'other' has another 'value'"
+    ):
         called(ROW)
 
 
