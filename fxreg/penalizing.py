@@ -24,6 +24,14 @@ from .torch_calls import call_name, written
 
 def penalize_activations(into: Insertion) -> list[fx.Node]:
     """Put a penalty where activations pass, and take the marks away; returns the penalties."""
+    terms = _where_they_pass(into) if into.plan.activations else []
+    for node in into.graph.nodes:
+        if node.target is calls.passes:
+            into.graph.erase_node(node)
+    return terms
+
+
+def _where_they_pass(into: Insertion) -> list[fx.Node]:
     places = Places(into.model, into.graph)
     terms, inside = list[fx.Node](), dict[fx.Node, list[tuple[PenalizeActivation, str]]]()
     penalized: dict[tuple[fx.Node, str], list[PenalizeActivation]] = {}
@@ -40,9 +48,6 @@ def penalize_activations(into: Insertion) -> list[fx.Node]:
             inside.setdefault(node, []).append((edit, path))
     for node, watched in inside.items():
         terms += _inside(into, node, watched)
-    for node in into.graph.nodes:
-        if node.target is calls.passes:
-            into.graph.erase_node(node)
     return terms
 
 
