@@ -13,6 +13,14 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
+from torch._C._functorch import (  # private: there is no other way to act below a level of `torch.vmap`
+    TransformType,
+    _add_batch_dim,
+    _unwrap_batched,
+    get_unwrapped,
+    is_batchedtensor,
+)
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree  # private by name only: what torch.export and torch.func document
 
@@ -171,18 +179,18 @@ apart = _Apart()
 
 def attach(output: Any, penalties: list[Tensor], scale: Tensor) -> Any:
     """The output, unchanged; the backward pass through any of its tensors also reaches the penalties, once."""
-    if apart.zero is not None or not torch.is_grad_enabled() or not any(penalty.requires_grad for penalty in penalties):
+    if apart.zero is not None or not torch.is_grad_enabled() or not any(map(_is_followed, penalties)):
         return output
     live: list[Tensor] = []  # compared one by one: Dynamo either refuses an id or compiles anew for each
     for tensor in tensors(output):
-        if tensor.requires_grad and not any(tensor is one for one in live):
+        if _is_followed(tensor) and not any(tensor is one for one in live):
             live.append(tensor)
     if not live:
         raise FxregError(
             f"emit='backward': the model returned {type(output).__name__} without a differentiable tensor, so the "
             "penalties' gradient has no way back. Call it under torch.no_grad(), or use emit='output'."
         )
-    attached: list[Tensor] = _attach_operator(live, penalties, scale)
+    attached = _attached(live, penalties, scale)
 
     def replaced(tensor: Tensor) -> Tensor:
         for old, new in zip(live, attached, strict=True):
@@ -191,6 +199,37 @@ def attach(output: Any, penalties: list[Tensor], scale: Tensor) -> Any:
         return tensor
 
     return map_tensors(replaced, output)
+
+
+def _is_followed(tensor: Tensor) -> bool:
+    """Whether autograd follows a tensor; of one that `torch.vmap` wraps, only what is inside knows."""
+    if torch.compiler.is_compiling():
+        return tensor.requires_grad or (_are_functorch_transforms_active() and is_batchedtensor(tensor))
+    while is_batchedtensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+def _attached(outputs: list[Tensor], penalties: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """The outputs with the penalties behind them; inside `torch.vmap`, where autograd is: one level below."""
+    if _are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            if any(map(is_batchedtensor, (*outputs, *penalties))) and not any(one.requires_grad for one in outputs):
+                raise FxregError(
+                    "emit='backward': the module is called inside torch.vmap, and what is compiled differentiates "
+                    "outside of it. Leave out fullgraph=True, or use emit='output'."
+                )
+        elif (level := retrieve_current_functorch_interpreter()).key() == TransformType.Vmap:
+            below = [_unwrap_batched(one, level.level()) for one in (*outputs, *penalties)]
+            with level.lower():
+                terms = [one.sum() for one, _ in below[len(outputs) :]]  # each sample, or model, has its own
+                found = _attached([one for one, _ in below[: len(outputs)]], terms, scale)
+            return [
+                one if place is None else _add_batch_dim(one, place, level.level())
+                for one, (_, place) in zip(found, below, strict=False)
+            ]
+    result: list[Tensor] = _attach_operator(outputs, penalties, scale)
+    return result
 
 
 def add_to_loss(output: Any, penalty: Tensor, training: bool) -> Any:

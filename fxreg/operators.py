@@ -51,11 +51,18 @@ JointFormula = Callable[[list[Tensor], list[Tensor], tuple[Tensor, ...], dict[st
 """The same of several parameters at once."""
 
 
-def define(name: str, overload: Fingerprint, schema: str, implementation: Callable[..., Any]) -> torch._ops.OpOverload:
+def define(
+    name: str,
+    overload: Fingerprint,
+    schema: str,
+    implementation: Callable[..., Any],
+    batched: Callable[..., Any] | None = None,
+) -> torch._ops.OpOverload:
     """Register `fxreg::name.overload`; under a known overload, only replace the implementation.
 
     Args:
         overload: a fingerprint of what the implementation computes.
+        batched: what does it inside `torch.vmap`, instead of torch's call for each slice, which takes no lists.
     """
     qualified = f"{name}.{overload}"
     known = qualified in _implementations
@@ -70,6 +77,8 @@ def define(name: str, overload: Fingerprint, schema: str, implementation: Callab
             functools.partial(_run, qualified),
             "CompositeImplicitAutograd",
         )
+        if batched is not None:
+            library.impl(qualified, batched, "FuncTorchBatched")  # type: ignore[no-untyped-call]
     operator: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, NAMESPACE), name), overload)
     return operator
 
@@ -186,9 +195,10 @@ class _Attach(_SingleLevelFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[2])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         (source,) = ctx.saved_tensors
         return None, grad, torch.zeros_like(source)
 
@@ -340,5 +350,5 @@ def _total(penalties: Sequence[Tensor]) -> Tensor:
 
 
 attach = define("attach", Fingerprint(), "(Tensor[] outputs, Tensor[] penalties, Tensor scale) -> Tensor[]", _attach)
-total = define("total", Fingerprint(), "(Tensor[] penalties) -> Tensor", _total)
+total = define("total", Fingerprint(), "(Tensor[] penalties) -> Tensor", _total, _total)
 drawn = define("drawn", Fingerprint(), "(Tensor(a!) stream) -> Tensor", _drawn)

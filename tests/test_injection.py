@@ -1076,3 +1076,32 @@ def test_where_every_penalized_parameter_is_frozen_nothing_is_attached_and_nothi
     model.requires_grad_(False)
     assert not gm(X).requires_grad
     assert torch.equal(gm(X), model(X))
+
+
+class _First(torch.autograd.Function):
+    """Gives its second argument no gradient: not even zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, one: Tensor, other: Tensor) -> Tensor:
+        return one * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x), self.other(x)
+
+
+def test_where_an_output_gets_no_gradient_parameters_behind_it_get_none() -> None:
+    model = _Pair()
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.1), name="one"))
+    _First.apply(*gm(torch.ones(2, 3))).sum().backward()
+    assert model.one.weight.grad is not None
+    assert model.other.weight.grad is None  # zeros would let an optimizer decay it
