@@ -100,9 +100,10 @@ def transform(
                 "something else of them. Select by name= instead of where=."
             )
         vars(state)["islands"] = islands(root, state.captured, example_inputs)
-    forget_given(state_of(gm))
-    remember_meaning(gm, rules)
-    watch(gm)
+    with _without_collection():
+        forget_given(state_of(gm))
+        remember_meaning(gm, rules)
+        watch(gm)
     return gm
 
 
