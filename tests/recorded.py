@@ -883,7 +883,7 @@ class DeviceType(Net):
         return self.fc(x) * n if x.device.type == "cpu" else x
 
 
-@case("a mark for Dynamo")
+@case("a mark for Dynamo, whose settings code may ask for as well", is_recorded=False)
 class Marked(Net):
     def run(self, x: Tensor) -> Any:
         h = self.fc(x)
@@ -900,7 +900,7 @@ class OwnKind(Net):
 LOGGER = logging.getLogger(__name__)
 
 
-@case("a logger's own cache")
+@case("a logger, whose level may be another later", is_recorded=False)
 class Logged(Net):
     def run(self, x: Tensor) -> Any:
         LOGGER.debug("not shown")
