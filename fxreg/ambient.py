@@ -1,11 +1,19 @@
-"""What code asks of the process around it: clocks, files, switches. The answer may be another one at the next call."""
+"""What code asks of the process around it: clocks, files, switches. The answer may be another one at the next call.
+
+Whoever names such a thing asks. Python functions are also heard when they are called, wherever the caller has them from
+(an attribute, a closure, a container). Of C functions only a recording hears, so that a trace looks at what there is to
+call.
+"""
 
 import builtins
 import types
+from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from .enclosed import names_in_code
-from .packages import is_installed
+from .packages import is_foreign, is_installed
 
 _MOMENTS = {"time", "datetime", "uuid", "secrets"}
 """Modules that say something else each time, whoever asks."""
@@ -43,31 +51,78 @@ def ambient(code: types.CodeType, space: dict[str, Any]) -> str | None:
 
     A package's own switches are constant, like all that it keeps; what time it is, not even for a package.
     """
-    names = names_in_code(code)
-    packaged = is_installed(space.get("__name__"))
-    for name in names.read:
-        value = space.get(name, vars(builtins).get(name))
-        if (home := _home(value)) in _MOMENTS or (not packaged and (home in _PROCESS or _is_switch(value))):
+    names, asker = names_in_code(code), space.get("__name__")
+    read = {name: space.get(name, vars(builtins).get(name)) for name in names.read}
+    for name, value in read.items():
+        if is_answer(value, asker):
             return f"asks {name} of the process"
+    packaged = is_installed(asker)
     for name, dots in names.imported:
-        home = "" if dots else name.partition(".")[0]
+        home = "" if dots else _top(name)
         if home in _MOMENTS or (not packaged and home in _PROCESS):
             return f"asks {name} of the process"
     if packaged:
         return None
+    if kept := kept_answer(read.values(), asker):
+        return kept
     return next(
         (f"asks {name} of the process" for name in names.attributes if name in _FUNCTIONS or name in _NAMES), None
     )
 
 
-def _home(value: Any) -> str:
-    """The top module that something is from, under the name that users know."""
-    return _module(value).partition(".")[0].removeprefix("_")
+def asked(frame: types.FrameType) -> str | None:
+    """What the user's code asks of the process by the call that begins with a frame, if anything."""
+    if not answers(frame) or frame.f_back is None:
+        return None
+    asker, home = frame.f_back.f_globals.get("__name__"), _top(frame.f_globals.get("__name__"))
+    if is_foreign(asker) or (home not in _MOMENTS and is_installed(asker)):
+        return None
+    return f"asks {frame.f_code.co_qualname} of the process"
+
+
+def answers(frame: types.FrameType) -> bool:
+    """Whether the function that runs in a frame says something of the process."""
+    module = frame.f_globals.get("__name__") or ""
+    home = _top(module)
+    if home == "torch":
+        return module.startswith("torch.backends") or frame.f_code.co_name in _FUNCTIONS
+    return home in _MOMENTS or home in _PROCESS
+
+
+def kept_answer(values: Iterable[Any], keeper: str | None) -> str | None:
+    """What code of a module could ask of the process with C functions among some values, or what these hold."""
+    for value in values:
+        for one in (value.__func__ if isinstance(value, staticmethod) else value, *_held(value)):
+            if isinstance(one, types.BuiltinFunctionType) and is_answer(one, keeper):
+                return f"may ask {one.__name__} of the process"
+    return None
+
+
+def is_answer(value: Any, asker: str | None) -> bool:
+    """Whether something of a library's says something of the process that is not constant for who asks."""
+    home = _top(_module(value))
+    return home in _MOMENTS or ((home in _PROCESS or _is_switch(value)) and not is_installed(asker))
+
+
+def _held(value: Any) -> Iterable[Any]:
+    if type(value) in (list, tuple, set):
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, nn.Module | type | types.ModuleType | types.FunctionType):
+        return ()
+    entries = value if type(value) is dict else getattr(value, "__dict__", {})
+    return [*entries.values()] if type(entries) is dict else ()
+
+
+def _top(module: str | None) -> str:
+    """The top module, under the name that users know."""
+    return (module or "").partition(".")[0].removeprefix("_")
 
 
 def _module(value: Any) -> str:
     if isinstance(value, types.ModuleType):
         return value.__name__
+    if isinstance(value, types.BuiltinFunctionType) and not value.__module__:  # a method, of a class perhaps
+        value = value.__self__
     named = isinstance(value, type | types.FunctionType | types.BuiltinFunctionType)
     return getattr(value if named else type(value), "__module__", None) or ""
 

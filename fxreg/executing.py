@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ambient import ambient
-from .packages import is_installed
-from .scanning import ENVIRONMENT, LOOKS_PAST, PAST, context_name, is_foreign, looks_past
+from .ambient import ambient, answers, asked, is_answer
+from .packages import is_foreign
+from .scanning import LOOKS_PAST, PAST, context_name, looks_past
 from .sizes import SYMBOLIC
 
 _INSTRUCTIONS = {
@@ -44,8 +44,6 @@ _MENTIONS = {
     "are_deterministic_algorithms_enabled": "reads a global mode",
     "get_float32_matmul_precision": "reads a global mode",
     "get_num_threads": "reads a global mode",
-    "environ": ENVIRONMENT,
-    "getenv": ENVIRONMENT,
     "_getframe": "looks at who calls it",
     "currentframe": "looks at who calls it",
     **LOOKS_PAST,
@@ -54,6 +52,7 @@ _COMPILING = {torch.compiler.is_compiling.__code__, torch.compiler.is_dynamo_com
 _TRACING = {torch.compiler.is_exporting.__code__, torch.jit.is_tracing.__code__}  # type: ignore[attr-defined]
 _QUESTIONS = {
     id: "asks for an identity",
+    print: "prints",
     hash: "hashes a value",
     torch.is_grad_enabled: "reads the grad mode",
     torch.is_inference_mode_enabled: "reads the inference mode",
@@ -90,7 +89,9 @@ def watched(recorder: Any) -> Iterator[None]:
             recorder.note_change(frame.f_locals["self"], _CHANGING[id(frame.f_code)])
         if not recorder.thread or is_foreign(frame.f_globals.get("__name__", "")):
             return None
-        _note_entered(recorder, frame.f_code, frame.f_globals)
+        if asks := ambient(frame.f_code, frame.f_globals):
+            recorder.give_up(f"{frame.f_code.co_qualname} {asks}")
+        recorder.note_entered(frame.f_code, frame.f_globals)
         frame.f_trace_lines = False
         frame.f_trace_opcodes = bool(_flagged(frame.f_code))
         return step
@@ -108,18 +109,14 @@ def watched(recorder: Any) -> Iterator[None]:
         if event == "call" and recorder.thread:
             if frame.f_code in _COMPILING or frame.f_code in _TRACING:
                 recorder.note_asked_way(frame.f_code in _COMPILING)
-            elif frame.f_code is _DISPATCH and any(type(one) in SYMBOLIC for one in frame.f_locals["args"]):
-                recorder.give_up("dispatches by the type of a size")
-            elif frame.f_code is _HASH and not recorder.writer.is_kept_tensor(frame.f_locals["self"]):
-                recorder.give_up("hashes a tensor")
+            elif reason := _refused(frame, recorder):
+                recorder.give_up(reason)
         elif event == "return" and recorder.thread and frame.f_code is _COPIES:
             if isinstance(frame.f_locals["x"], nn.Module):
                 recorder.give_up(f"copies a {type(argument).__name__}")
             recorder.note_made(argument, is_new=True)
-        elif event == "c_call" and recorder.thread and not is_foreign(frame.f_globals.get("__name__", "")):
-            reason = _asked(argument)
-            if reason is not None:
-                recorder.give_up(f"{frame.f_code.co_qualname} {reason}")
+        elif event == "c_call" and recorder.thread and (reason := _asked(argument, frame.f_globals.get("__name__"))):
+            recorder.give_up(f"{frame.f_code.co_qualname} {reason}")
 
     def is_instance(value: Any, kinds: Any) -> bool:
         if type(value) in SYMBOLIC and not is_foreign(sys._getframe(1).f_globals.get("__name__", "")):
@@ -142,19 +139,14 @@ def watched(recorder: Any) -> Iterator[None]:
             gc.enable()
 
 
-def _note_entered(recorder: Any, code: types.CodeType, space: dict[str, Any]) -> None:
-    if asks := ambient(code, space):
-        recorder.give_up(f"{code.co_qualname} {asks}")
-    recorder.note_entered(code, space)
-
-
 class entering:  # noqa: N801  a context manager, of which there are thousands
-    """Tell of every function of the user's that runs, however it was reached, and of torch's that change a module."""
+    """Tell of every function of the user's that runs, and of those that change a module or answer for the process."""
 
     def __init__(
         self,
         note: Callable[[types.CodeType, dict[str, Any]], None],
         note_change: Callable[[nn.Module, str], None],
+        give_up: Callable[[str], None],
     ) -> None:
         foreign = _FOREIGN
 
@@ -165,7 +157,10 @@ class entering:  # noqa: N801  a context manager, of which there are thousands
             if id(code) in _CHANGING:
                 note_change(frame.f_locals["self"], _CHANGING[id(code)])
             elif is_foreign(frame.f_globals.get("__name__", "")):
-                foreign[id(code)] = code
+                if reason := asked(frame):
+                    give_up(reason)
+                if not answers(frame):
+                    foreign[id(code)] = code
             else:
                 note(code, frame.f_globals)
 
@@ -205,11 +200,24 @@ def inside_handler() -> str | None:
     return None
 
 
-def _asked(function: Any) -> str | None:
-    try:
-        return _QUESTIONS.get(function)
-    except TypeError:  # a method of something without a hash
+def _refused(frame: types.FrameType, recorder: Any) -> str | None:
+    """Why a call that begins is none for a graph."""
+    if frame.f_code is _DISPATCH and any(type(one) in SYMBOLIC for one in frame.f_locals["args"]):
+        return "dispatches by the type of a size"
+    if frame.f_code is _HASH and not recorder.writer.is_kept_tensor(frame.f_locals["self"]):
+        return "hashes a tensor"
+    return asked(frame)
+
+
+def _asked(function: Any, asker: str | None) -> str | None:
+    """Why a call of a C function is none for a graph, if the user's code makes it."""
+    if is_foreign(asker):
         return None
+    try:
+        known = _QUESTIONS.get(function)
+    except TypeError:  # a method of something without a hash
+        known = None
+    return known or (f"asks {function.__name__} of the process" if is_answer(function, asker) else None)
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -259,8 +267,6 @@ def _matters(reason: str, frame: types.FrameType, recorder: Any) -> bool:
     """Whether what is asked may be asked of something that a recording replaces: sizes, aliases, veiled objects."""
     if reason == _DICTIONARY:  # a flag read or written past its property
         return "training" in (*frame.f_code.co_names, *frame.f_code.co_consts)
-    if reason == ENVIRONMENT:  # a package's own switches are constant, like all that it keeps
-        return not is_installed(frame.f_globals.get("__name__"))
     if reason == _TYPE:
         value = _Stack(frame).typed()
         return value is _UNKNOWN or type(value) in SYMBOLIC

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .enclosed import enclosed, entries, slotted
-from .scanning import is_library
+from .packages import is_library
 
 SCALARS = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size)
 NAMED = (type, types.ModuleType, types.BuiltinFunctionType, types.BuiltinMethodType, types.MethodDescriptorType)

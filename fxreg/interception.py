@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import Function
 
 from .hearing import meeting
-from .scanning import is_library
+from .packages import is_library
 from .surroundings import surroundings
 
 lock = threading.RLock()

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from .enclosed import names_in_code
 from .freezing import frozen
-from .packages import is_installed
-from .scanning import is_foreign, is_library
+from .packages import is_foreign, is_installed, is_library
 from .structure import PLAIN
 
 _MISSING = object()

@@ -6,7 +6,30 @@ import os
 import sys
 from importlib import metadata
 
+_LIBRARIES = (
+    "fxreg",
+    "torch",
+    "numpy",
+    "builtins",
+    "math",
+    "functools",
+    "itertools",
+    "operator",
+    "collections",
+    "typing",
+)
 _STANDARD = os.path.dirname(os.__file__)
+
+
+def is_library(module: str | None) -> bool:
+    """Whether a module's name is that of a well-known library's."""
+    return (module or "").partition(".")[0] in _LIBRARIES
+
+
+@functools.lru_cache(maxsize=4096)
+def is_foreign(module: str | None) -> bool:
+    """Whether a module's name is that of a well-known library's, or of one of Python's own."""
+    return is_library(module) or (module or "").partition(".")[0] in sys.stdlib_module_names
 
 
 def is_installed(module: str | None) -> bool:

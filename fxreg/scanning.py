@@ -8,21 +8,18 @@ is not traced. That is more than needed and never less: reachable is taken for r
 import dis
 import functools
 import inspect
-import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .ambient import ambient
+from .ambient import ambient, kept_answer
 from .enclosed import codes_in, defaults, enclosed, slots
 from .hearing import untold
-from .packages import is_installed
+from .packages import is_library
 
-ENVIRONMENT = "reads the environment"
-"""What an installed package reads of it is taken for constant."""
 PAST = "reads what an object keeps, past its attributes"
 LOOKS_PAST = dict.fromkeys(("getattr_static", "__getstate__", "__reduce_ex__"), PAST)
 _OPCODES = {
@@ -35,6 +32,7 @@ _OPCODES = {
     "IS_OP": "compares identities",
 }
 _ASKS = {
+    "print": "prints",
     "type": "asks for a type",
     "id": "asks for an identity",
     "vars": "looks into an object's dictionary",
@@ -60,8 +58,6 @@ _ASKS = {
     "getsizeof": "asks how large an object is",
     "dir": "asks for the names of attributes",
     **LOOKS_PAST,
-    "environ": ENVIRONMENT,
-    "getenv": ENVIRONMENT,
     "get_num_threads": "reads a global mode",
     "get_float32_matmul_precision": "reads a global mode",
     "get_default_dtype": "reads the default dtype",
@@ -74,18 +70,6 @@ _ASKS = {
     "ThreadPoolExecutor": "starts a thread",
 }
 _MUTABLE = (list, dict, set)
-_LIBRARIES = (
-    "fxreg",
-    "torch",
-    "numpy",
-    "builtins",
-    "math",
-    "functools",
-    "itertools",
-    "operator",
-    "collections",
-    "typing",
-)
 _CHANGING = {
     "append", "appendleft", "add", "update", "setdefault", "pop", "popitem", "extend", "clear", "insert", "remove",
     "discard", "__setitem__", "setattr", "put",
@@ -110,7 +94,19 @@ def once_per_function(scan: Callable[[types.FunctionType], _Result]) -> Callable
 
 def untraceable_reason(module: nn.Module) -> str | None:
     """Why a module's forward must not be traced, if its code says so."""
-    return next(filter(None, map(_function_reason, functions_of(module))), None)
+    functions = functions_of(module)
+    if reason := next(filter(None, map(_function_reason, functions)), None):
+        return reason
+    names = mentioned_names(module)
+    kept = (
+        value for space in (vars(module), *_own_spaces(type(module))) for name, value in space.items() if name in names
+    )
+    return kept_answer(kept, type(module).__module__)
+
+
+def _own_spaces(kind: type) -> Iterator[Mapping[str, Any]]:
+    """What the user's classes among those of a kind define."""
+    return (vars(base) for base in kind.__mro__ if not _is_library(base))
 
 
 def asks_for_none(module: nn.Module) -> bool:
@@ -207,17 +203,6 @@ def _as_function(value: Any) -> types.FunctionType | None:
     return value if type(value) is types.FunctionType else None
 
 
-def is_library(module: str | None) -> bool:
-    """Whether a module's name is that of a well-known library's."""
-    return (module or "").partition(".")[0] in _LIBRARIES
-
-
-@functools.lru_cache(maxsize=4096)
-def is_foreign(module: str | None) -> bool:
-    """Whether a module's name is that of a well-known library's, or of one of Python's own."""
-    return is_library(module) or (module or "").partition(".")[0] in sys.stdlib_module_names
-
-
 def _is_library(definition: Any) -> bool:
     return is_library(definition.__module__)
 
@@ -272,6 +257,8 @@ def _function_reason(function: types.FunctionType) -> str | None:
     if what is None and _may_change_a_global(function):
         what = "changes a global container"
     if what is None:
+        what = kept_answer((*enclosed(function), *defaults(function)), function.__module__)
+    if what is None:
         codes, space = codes_in(function.__code__), function.__globals__
         what = next((reason for code in codes if (reason := _code_reason(code, space))), None)
     return None if what is None else f"{function.__qualname__} {what}"
@@ -303,8 +290,6 @@ def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
     for position, instruction in enumerate(instructions):
         name, argument = instruction.opname, instruction.argval
         if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and argument in _ASKS:
-            if _ASKS[argument] == ENVIRONMENT and is_installed(space.get("__name__")):
-                continue
             return _ASKS[argument]
         if looks_past(instructions, position):
             return PAST

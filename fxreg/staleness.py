@@ -19,7 +19,7 @@ from .freezing import frozen
 from .guarding import is_as_frozen
 from .hearing import has_own_forward, untold
 from .outside import Outside, read_outside
-from .scanning import is_library
+from .packages import is_library
 from .side_channels import GLOBAL_HOOKS, HOOKS
 from .structure import alike
 from .witnesses import Witness

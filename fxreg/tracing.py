@@ -304,7 +304,7 @@ class SoundTracer(fx.Tracer):
         self._scope.append((path, {**self._scope[-1][1], path: (path, type(module))}))
         self.ledger.traced(path, module)
         try:
-            with entering(self._enters, self.note_change):
+            with entering(self._enters, self.note_change, self.give_up):
                 result = run(*args, **kwargs)
             self.check_poison()
             if self._watches and (changed := self._put_back(reach)):

@@ -118,6 +118,92 @@ def test_the_answer_is_that_of_the_call(name: str, kind: type[Asks], is_recorded
     assert torch.equal(result, model(x))
 
 
+# However the forward has what it asks: no global variable of its own names it.
+
+
+class Kept:
+    """An object that answers, and holds who does."""
+
+    def __init__(self, answer: Callable[[], Any]) -> None:
+        self.answer = answer
+
+    def says(self) -> Any:
+        return self.answer()
+
+
+def closed_over(answer: Callable[[], Any]) -> nn.Module:
+    class Closed(Asks):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * 2 if answer() else self.fc(x) * 3
+
+    return Closed(bool)
+
+
+def as_default(answer: Callable[[], Any]) -> nn.Module:
+    class Defaulting(Asks):
+        def forward(self, x: Tensor, *, asked: Callable[[], Any] = answer) -> Tensor:
+            return self.fc(x) * 2 if asked() else self.fc(x) * 3
+
+    return Defaulting(bool)
+
+
+def of_the_class(answer: Callable[[], Any]) -> nn.Module:
+    class Classed(Asks):
+        answer_of_all = staticmethod(answer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * 2 if self.answer_of_all() else self.fc(x) * 3
+
+    return Classed(bool)
+
+
+class InDict(Asks):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * 2 if self.asked["it"]() else self.fc(x) * 3  # type: ignore[index]
+
+
+class InObject(Asks):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * 2 if self.asked.says() else self.fc(x) * 3  # type: ignore[attr-defined]
+
+
+WAYS: dict[str, Callable[[Callable[[], Any]], nn.Module]] = {
+    "an attribute": Branches,
+    "a closure": closed_over,
+    "a default": as_default,
+    "the class": of_the_class,
+    "a dict": lambda answer: InDict({"it": answer}),  # type: ignore[arg-type]
+    "an object": lambda answer: InObject(Kept(answer)),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["traced", "recorded"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["the collector", "a file"])
+def test_however_the_forward_reaches_it(way: str, name: str, is_recorded: bool) -> None:
+    _, put = SETTINGS[name]
+    answer: Callable[[], Any] = gc.isenabled if name == "the collector" else FILE.read_text
+    put(False)
+    model, x = WAYS[way](answer), torch.randn(2, 3)
+    gm = fxreg.transform(model, [fxreg.Rule(fxreg.l1(0.1))], example_inputs=(x,) if is_recorded else None)
+    put(True)
+    assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["traced", "recorded"])
+def test_a_forward_that_prints_goes_on_printing(is_recorded: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    class Prints(Asks):
+        def forward(self, x: Tensor) -> Tensor:
+            print("here")
+            return self.fc(x)
+
+    x = torch.randn(2, 3)
+    gm = fxreg.transform(Prints(bool), [], example_inputs=(x,) if is_recorded else None)
+    capsys.readouterr()
+    gm(x)
+    assert capsys.readouterr().out == "here\n"
+
+
 class Late(nn.Module):
     def __init__(self) -> None:
         super().__init__()
