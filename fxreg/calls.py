@@ -103,18 +103,37 @@ def _call_any(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
     recurrent = [inner for inner in module.modules() if isinstance(inner, nn.RNNBase)]
     kept = [(inner._flat_weights, inner._flat_weight_refs) for inner in recurrent]
     try:
-        with _without_reentrant_checkpoints():
+        with _dressed(module, substitutes), _without_reentrant_checkpoints():
             return torch.func.functional_call(module, dict(substitutes), args, dict(kwargs))
     finally:
         for inner, (weights, references) in zip(recurrent, kept, strict=True):
             inner._flat_weights, inner._flat_weight_refs = weights, references
 
 
-def _versions(substitutes: dict[str, Tensor]) -> list[int]:
-    """How often each was written in place; not to be seen while compiling or inside functorch."""
+def _versions(substitutes: dict[str, Tensor]) -> list[tuple[int, int]]:
+    """How often each was written in place, and where it is; not to be seen while compiling or inside functorch."""
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return []
-    return [tensor._version for tensor in substitutes.values()]
+    return [(one._version, one.data_ptr() if type(one) is Tensor else 0) for one in substitutes.values()]
+
+
+@contextmanager
+def _dressed(module: nn.Module, substitutes: dict[str, Tensor]) -> Iterator[None]:
+    """Stand-ins that look like the parameters: with the attributes that somebody gave these, and their gradients."""
+    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        yield
+        return
+    for name, substitute in substitutes.items():
+        path, _, key = name.rpartition(".")
+        parameter = module.get_submodule(path)._parameters[key]
+        if parameter is not None and parameter.is_leaf:
+            vars(substitute).update(vars(parameter))
+            substitute.grad = parameter.grad
+    try:
+        yield
+    finally:
+        for substitute in substitutes.values():
+            substitute.grad = None
 
 
 @contextmanager

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .enclosed import defaults, enclosed, slotted
+from .scanning import functions_of, names_in
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_ASKED = {"Parameter", "is_leaf", "register_parameter"}
 _CLOSED = (str, bytes, int, float, complex, type, types.ModuleType, torch.dtype, torch.device)
 
 
@@ -26,6 +28,17 @@ def hidden_uses(model: nn.Module, parameters: Collection[int]) -> Iterator[tuple
             for identity in _held(value, registered, set()):
                 if identity in parameters:
                     yield path, attribute, identity
+
+
+def asks_for_parameters(module: nn.Module) -> str | None:
+    """The function behind a forward, of a module or of one inside it, that asks what only a parameter is."""
+    for one in module.modules():
+        if type(one).__module__.startswith("torch.") and "forward" not in vars(one):
+            continue
+        for function in functions_of(one):
+            if not names_in(function.__code__).isdisjoint(_ASKED):
+                return function.__qualname__
+    return None
 
 
 def _held(value: Any, registered: set[int], seen: set[int]) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """lower: (captured graph, plan) → the emitted module. The only stage that writes into a graph."""
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from . import calls, operators, penalty_calls
 from .captured import Captured
 from .effects import Gradient, Penalty
 from .errors import CaptureError
-from .hidden_uses import hidden_uses
+from .hidden_uses import asks_for_parameters, hidden_uses
 from .inserting import Insertion
 from .module import CHILD, RegularizedModule, located
 from .penalizing import check_called, penalize_activations, penalize_functions, unseen
@@ -83,9 +83,30 @@ class _Lowering(Insertion):
         for name, node in by_name.items():
             for path in _ancestors(name):
                 inside.setdefault(path, {})[name.removeprefix(f"{path}.")] = node
+        self._refuse_questions(inside)
         for node in uses:
             self._substitute(node, by_name, inside)
         self._sink(added)
+
+    def _refuse_questions(self, inside: Collection[str]) -> None:
+        """Refuse modules that run as they are, on stand-ins for parameters, and ask for what these are not."""
+        for node in self.graph.nodes:
+            owner = node.args[0] if node.target is penalty_calls.call_penalized else node
+            path = "" if node.target in _WHOLE_MODEL else str(owner.target)
+            if not (path in inside or node.target in _WHOLE_MODEL):
+                continue
+            if (found := asks_for_parameters(self.model.get_submodule(path))) is None:
+                continue
+            why = (
+                f"a rule transforms gradients of parameters of {path or 'the model'!r}, which runs as it is, and "
+                f"{found} asks whether a tensor is a parameter or a leaf, or makes one: it would meet stand-ins, which "
+                "are neither. Leave them out with exclude=, or use via='penalty'."
+            )
+            if not self.is_alternative:
+                raise CaptureError(why)
+            with self.graph.inserting_before(self.first()):
+                self.insert("", "call_function", calls.refuse, (why,))
+            return
 
     def _pulled(self, pulls: tuple[tuple[PullBack, ...], ...]) -> dict[str, fx.Node]:
         """The parameters as their uses are to see them: one after the other, but for what joint pullbacks need."""

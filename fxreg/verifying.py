@@ -68,7 +68,8 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
             f"{kept[0] or 'the model'} keeps an iterator in {kept[1]!r}, and running it would move it for good. Verify "
             "without it, or leave out example_inputs."
         )
-    if [n for n, _ in inner.named_parameters()] != [n for n, _ in model.named_parameters()]:
+    names = [n for n, _ in inner.named_parameters()]
+    if names != [n for n, _ in model.named_parameters()]:
         raise VerifyError("the emitted module's parameters are not the model's, by name and order.")
     for (name, own), original in zip(inner.named_parameters(), model.parameters(), strict=True):
         if own is not original:
@@ -77,6 +78,11 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
         mode = "in train mode" if training else "in eval mode"
         with borrowed(model, [state], training) as reset:
             output = _call(model, args, kwargs)
+            if [n for n, _ in inner.named_parameters()] != names:
+                raise VerifyError(
+                    f"{mode}: the forward itself ties parameters, or takes some away or adds some. Call the model once "
+                    "before it is transformed, or leave out example_inputs."
+                )
             live = [k for k, tensor in enumerate(tensors(output)) if tensor.requires_grad]
             for trial in _trials(live):
                 where = f"{mode}, {trial.name}"

@@ -901,3 +901,91 @@ def test_what_runs_after_the_call_is_refused_where_a_rule_would_not_act_there(ru
     gm = fxreg.transform(_Yielding(), rule, emit="output")
     with pytest.raises(fxreg.CaptureError, match=r"returns a generator, which runs after the call.*in a list"):
         gm(torch.ones(2, 3))
+
+
+class _Whole(nn.Module):
+    """Runs as it is, and so on stand-ins where a rule transforms gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.linear.weight.gain = 3.0  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.run(x)
+        return y if y.sum() > -1e9 else y * 2
+
+    def run(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _AsksForAttribute(_Whole):
+    def run(self, x: Tensor) -> Tensor:
+        return self.linear(x) * getattr(self.linear.weight, "gain", 1.0)
+
+
+class _AsksForGradient(_Whole):
+    def run(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (2.0 if self.linear.weight.grad is None else 1.0)
+
+
+class _AsksForParameter(_Whole):
+    def run(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (2.0 if isinstance(self.linear.weight, nn.Parameter) else 1.0)
+
+
+class _AsksForLeaf(_Whole):
+    def run(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (2.0 if self.linear.weight.is_leaf else 1.0)
+
+
+class _Replaces(_Whole):
+    def run(self, x: Tensor) -> Tensor:
+        self.linear.weight = nn.Parameter(self.linear.weight.detach() * 2)
+        return self.linear(x)
+
+
+class _SetsData(_Whole):
+    def run(self, x: Tensor) -> Tensor:
+        self.linear.weight.data = self.linear.weight.data * 2
+        return self.linear(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("kind", [_AsksForAttribute, _AsksForGradient])
+def test_stand_ins_look_like_the_parameters(kind: type[nn.Module]) -> None:
+    model = kind()
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.scale(0.5), param="weight"))
+    x = torch.randn(2, 3)
+    for _ in range(2):
+        y = gm(x)
+        assert torch.equal(y, model(x))
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [_AsksForParameter, _AsksForLeaf, _Replaces])
+def test_who_asks_whether_it_is_a_parameter_gets_no_stand_in(kind: type[nn.Module]) -> None:
+    with pytest.raises(fxreg.CaptureError, match=r"asks whether a tensor is a parameter.*exclude="):
+        fxreg.transform(kind(), fxreg.Rule(fxreg.scale(0.5), param="weight"))
+    fxreg.transform(kind(), L1)
+
+
+def test_data_that_is_set_would_be_lost_on_a_stand_in() -> None:
+    gm = fxreg.transform(_SetsData(), fxreg.Rule(fxreg.scale(0.5), param="weight"))
+    with pytest.raises(fxreg.CaptureError, match="would be lost on a stand-in"):
+        gm(torch.ones(2, 3))
+
+
+class _Tying(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.other.weight = self.one.weight
+        return self.other(self.one(x))
+
+
+def test_examples_for_a_forward_that_ties_parameters_are_an_error_in_words() -> None:
+    with pytest.raises(fxreg.VerifyError, match=r"ties parameters.*Call the model once"):
+        fxreg.transform(_Tying(), L1, example_inputs=(torch.ones(2, 3),))
