@@ -22,7 +22,7 @@ _PROCESS = {
     "pathlib", "platform", "posix", "resource", "select", "shutil", "signal", "socket", "subprocess", "sys", "tempfile",
     "thread", "threading", "traceback", "tracemalloc", "urllib", "warnings",
 }  # fmt: skip
-_SWITCHES = ("torch.backends", "torch.distributed", "torch._C", "torch._dynamo", "torch.__future__", "torch.utils.data")
+_SWITCHES = ("torch.backends", "torch.distributed", "torch._dynamo", "torch.__future__", "torch.utils.data")
 _NAMES = {"backends", "__future__", "_C", "_dynamo"}
 """Attributes of torch behind which its switches are."""
 _FUNCTIONS = {
@@ -129,8 +129,7 @@ def _module(value: Any) -> str:
 
 def _is_switch(value: Any) -> bool:
     """Whether something is a module of torch's that has its switches, or a function of one, or one of the functions."""
-    if isinstance(value, types.ModuleType):
-        return value.__name__.startswith(_SWITCHES)
-    if not isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+    if not isinstance(value, types.ModuleType | types.FunctionType | types.BuiltinFunctionType):
         return False
-    return value.__name__ in _FUNCTIONS or _module(value).startswith(_SWITCHES)
+    module = _module(value)  # of `torch._C`, none of what is inside: `torch._C._nn` has gelu
+    return module == "torch._C" or module.startswith(_SWITCHES) or value.__name__ in _FUNCTIONS

@@ -20,7 +20,7 @@ from torch.backends import mkldnn
 from torch.backends.cuda import flash_sdp_enabled as flashes
 
 import fxreg
-from fxreg.ambient import ambient
+from fxreg.ambient import ambient, is_answer
 
 LOG = logging.getLogger("fxreg.tests.ambient")
 BOX = types.SimpleNamespace(value=1)
@@ -242,3 +242,11 @@ def test_what_packages_keep_is_constant_and_their_clocks_are_not() -> None:
     assert ambient(forward.__code__, globals()) is not None
     assert ambient(forward.__code__, package) is None
     assert ambient(timed.__code__, package) is not None
+
+
+def test_what_computes_is_no_question() -> None:
+    found = [getattr(space, name) for space in (torch.nn.functional, torch.linalg, torch.fft) for name in dir(space)]
+    named = [one for one in found if getattr(one, "__name__", "_")[0] != "_" and not isinstance(one, types.ModuleType)]
+    asks = {one.__name__ for one in named if is_answer(one, None)}
+    assert not {one for one in asks if not one.startswith("has_torch_function")}
+    assert torch.nn.functional.gelu in named
