@@ -288,7 +288,7 @@ def build(kind: type[nn.Module]) -> tuple[nn.Module, Tensor]:
     return kind(), torch.randn(shape)
 
 
-@pytest.mark.parametrize("emit", ["backward", "output"])
+@pytest.mark.parametrize("emit", slow_but(["backward"], ["backward", "output"]))
 @pytest.mark.parametrize("examples", [False, True], ids=["", "verified"])
 @pytest.mark.parametrize("case", CASES)
 def test_training_is_training_the_hand_written_loss(case: str, examples: bool, emit: Any) -> None:

@@ -29,6 +29,7 @@ from torch.overrides import _len_torch_function_stack  # private: no public way 
 import fxreg
 
 from .adversarial import CASES, Block, Branching, Case, Net
+from .marks import slow_but
 
 pytestmark = [
     # Of the old normalizations and of scripting, and of Dynamo looking at its inputs after a graph break.
@@ -72,15 +73,15 @@ COMPILING = ("CompiledChild", "compiled_root")
 """Models that call the compiler themselves; the quickest of their kind, CompiledFunction, is among the quick tests."""
 
 
-def _each(names: Iterable[str]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=pytest.mark.slow if n.startswith(COMPILING) else ()) for n in names]
-    )
+def _each(names: Iterable[str], quick: int = 1) -> pytest.MarkDecorator:
+    """Of these names each; one of so many is quick, unless it compiles."""
+    names = [*names]
+    return pytest.mark.parametrize("name", slow_but([n for n in names[::quick] if not n.startswith(COMPILING)], names))
 
 
-every_case = _each(TABLE)
-every_stateful = _each(n for n, c in TABLE.items() if n in CASES or c.remembers)
-every_hiding = _each(n for n, c in TABLE.items() if n in CASES or c.hides)
+every_case = _each(TABLE, quick=2)
+every_stateful = _each((n for n, c in TABLE.items() if n in CASES or c.remembers), quick=3)
+every_hiding = _each((n for n, c in TABLE.items() if n in CASES or c.hides), quick=3)
 every_model = _each(CASES)
 
 

@@ -17,6 +17,7 @@ import fxreg
 from fxreg.constraining import Constraint
 from fxreg.effects import registry
 
+from .marks import slow_but
 from .test_proximal import Holder, draw_weight, moved, sharded
 
 briefly = settings(max_examples=25, deadline=None, derandomize=True)
@@ -411,7 +412,7 @@ def test_sharded_parameters_move_as_whole_ones_do(mesh: Any) -> None:
         torch.testing.assert_close(sharded(effect, w, mesh), moved(effect, w))
 
 
-@pytest.mark.parametrize("name", EFFECTS)
+@pytest.mark.parametrize("name", slow_but(["box", "simplex"], EFFECTS))
 def test_the_projection_compiles_into_one_graph(name: str) -> None:
     w = draw_weight(1)
     gm = fxreg.transform(model := Holder(w), fxreg.Rule(EFFECTS[name]))

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrizations
 
 import fxreg
 
+from .marks import slow_but
 from .models import CASES, build
 from .reference import Gradients, assert_same, by_hand, objective, penalty_terms, transform_terms, twin
 
@@ -242,7 +243,7 @@ KEYS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("keys", KEYS, ids=lambda keys: ",".join(keys))
+@pytest.mark.parametrize("keys", slow_but(KEYS[::4], KEYS), ids=lambda keys: ",".join(keys))
 def test_rules_match_in_a_program_as_in_the_model(keys: dict[str, Any]) -> None:
     model = Layers()
     program = export(model, (X,))

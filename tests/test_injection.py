@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxreg
 from fxreg.effects import registry
 
+from .marks import slow_but
+
 STRENGTH = 0.25
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -890,7 +892,9 @@ def test_the_same_tensor_twice_stays_the_same_tensor(opaque: bool) -> None:
     assert first is second is third
 
 
-@pytest.mark.parametrize("name", ["a tuple", "dicts", "the same tensor twice", "None, numbers and text among them"])
+@pytest.mark.parametrize(
+    "name", slow_but(["dicts"], ["a tuple", "dicts", "the same tensor twice", "None, numbers and text among them"])
+)
 def test_compiled_too_the_penalty_arrives_once(name: str) -> None:
     structure = STRUCTURES[name]
     model, plain = packing(structure, False), packing(structure, False)

@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize, prune
 
 import fxreg
 
+from .marks import slow_but
+
 X = torch.linspace(-1.0, 1.0, 8).reshape(2, 4)
 STRENGTH = 0.3
 
@@ -339,7 +341,7 @@ def test_emptied_ties_are_to_be_tied_again() -> None:
     assert_gradients(model, gm(X).square().sum())
 
 
-@pytest.mark.parametrize("emit", ["backward", "output", "loss"])
+@pytest.mark.parametrize("emit", slow_but(["backward"], ["backward", "output", "loss"]))
 @pytest.mark.parametrize("via", ["penalty", "gradient", "transform", "joint"])
 @pytest.mark.parametrize("kind", ["transparent", "opaque root"])
 def test_what_is_honoured_is_what_another_transform_would_do(kind: str, via: str, emit: Any) -> None:

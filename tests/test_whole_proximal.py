@@ -66,7 +66,7 @@ def refuse(*given: Any) -> None:
     raise AssertionError("behind the graph, and not in it")
 
 
-@pytest.mark.parametrize("name", slow_but({"l1", "group_lasso", "ewc", "l1_ball", "n_m_sparsity"}, EFFECTS))
+@pytest.mark.parametrize("name", slow_but({"l1", "l1_ball"}, EFFECTS))
 def test_every_operator_is_in_the_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial(fxreg.Rule(EFFECTS[name], via="proximal", exclude="third*", param="weight"))
     trial.bind()
