@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import calls
+from .asking import Asking
 from .captured import Captured
 from .effects import Via
 from .errors import FxregError
@@ -30,6 +31,27 @@ _TAKEN = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | set(vars(fx.GraphMod
 def located(path: str) -> str:
     """Where an emitted module finds a path of the model's: names that GraphModule itself uses, with the model."""
     return f"{CHILD}.model.{path}" if path.partition(".")[0] in _TAKEN else path
+
+
+_HOOKS_OF_STATE = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_OF_CLASS = (
+    "train",
+    "eval",
+    "requires_grad_",
+    "_apply",
+    "state_dict",
+    "load_state_dict",
+    "_load_from_state_dict",
+    "_save_to_state_dict",
+    "get_extra_state",
+    "set_extra_state",
+)
+"""What an emitted module lets its model do, whose class may do it in its own way."""
 
 
 _bound: "WeakKeyDictionary[nn.Module, set[tuple[str, str]]]" = WeakKeyDictionary()
@@ -181,7 +203,8 @@ class State(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(vars(self))
         model = type(self.model)
-        if not _importable(model) and not self.captured.needs_model:
+        is_plain = all(getattr(model, name) is getattr(nn.Module, name) for name in _OF_CLASS)
+        if not _importable(model) and not self.captured.needs_model and is_plain:
             # The graph does not need the model itself: only its mode, in a stand-in that pickles.
             stand_in = nn.Module()
             vars(stand_in).update({k: vars(self.model)[k] for k in ("_parameters", "_buffers", "_modules", "training")})
@@ -195,41 +218,6 @@ class State(nn.Module):
         return result
 
 
-class _Asking(fx.graph.CodeGen):
-    """Code that asks before anything else whether what the graph assumes holds, and runs the next graph if not."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        super().__init__()
-        places: list[str] = []
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                by_name = any(place.startswith("*") for place in places) and not node.target.startswith("*")
-                places.append(f"{node.target}={node.target}" if by_name else str(node.target))
-        (check,) = (node for node in graph.nodes if node.target is calls.expect_assumed)
-        asked = [str(node.target).lstrip("*") for node in check.args[1]]  # its name may be other, and not yet bound
-        which = check.args[2] if len(check.args) > 2 else 0
-        if which:
-            asked.append(f"which={which}")
-        self._lines = (
-            f"    if not self.{CHILD}.assumes({', '.join(asked)}):\n"
-            f"        return self.{CHILD}.others[{which}].forward({', '.join(places)})\n"
-        )
-        unused = (check, check.args[0]) if len(check.args[0].users) == 1 else (check,)
-        self._dropped = tuple(f"{node.name} = " for node in unused)
-        self._body_transformer = self._without_check
-
-    def _without_check(self, body: list[str]) -> list[str]:
-        """The node asks whoever runs the graph by other means than this code."""
-        kept = [*body]
-        for number, text in enumerate(body):
-            if text.startswith(self._dropped):  # what follows ends its line
-                kept[number : number + 2] = "", ""
-        return kept
-
-    def gen_fn_def(self, *args: Any, **kwargs: Any) -> str:
-        return f"{super().gen_fn_def(*args, **kwargs)}\n{self._lines}"
-
-
 class RegularizedModule(fx.GraphModule):
     """What `fxreg.transform` returns. Its state is the original model's own: not copies, the same registries."""
 
@@ -238,12 +226,14 @@ class RegularizedModule(fx.GraphModule):
         vars(self)["_parameters"] = model._parameters
         vars(self)["_buffers"] = model._buffers
         vars(self)["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
+        for hooks in _HOOKS_OF_STATE:
+            vars(self)[hooks] = vars(model)[hooks]
         vars(self)["_modules"] = {**model._modules, CHILD: state}
         self._set_graph(graph)
 
     def _set_graph(self, graph: fx.Graph) -> None:
         if any(node.target is calls.expect_assumed for node in graph.nodes):
-            graph.set_codegen(_Asking(graph))
+            graph.set_codegen(Asking(graph, CHILD))
         fx.GraphModule.graph.__set__(self, graph)  # type: ignore[attr-defined]  # a child may be called "graph"
 
     @property
@@ -257,9 +247,49 @@ class RegularizedModule(fx.GraphModule):
         if CHILD in modules:
             modules[CHILD].training = mode
 
+    # What a class may do in its own way, with more than parameters, buffers and flags, the model does.
+
     def train(self, mode: bool = True) -> Self:
-        state_of(self).model.train(mode)  # its class may do more than set flags
+        state_of(self).model.train(mode)
         return self
+
+    def eval(self) -> Self:
+        state_of(self).model.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        state_of(self).model.requires_grad_(requires_grad)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        state = state_of(self)
+        state.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        state._apply(fn, recurse)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return state_of(self).model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return state_of(self).model.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # where it is inside another module
+        state_of(self).model._load_from_state_dict(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        if not state_of(self).provenance.plan.edits:
+            return super()._replicate_for_data_parallel()  # type: ignore[return-value]
+        raise FxregError(
+            "DataParallel: each replica of an emitted module would add the penalties' gradients in full, and transform "
+            "those of its own share of the batch. Use DistributedDataParallel."
+        )
+
+    def __copy__(self) -> "RegularizedModule":
+        result = _restored()
+        vars(result).update({k: v for k, v in vars(self).items() if k != "_graph"})
+        type(result).__name__ = type(self).__name__
+        result._set_graph(copy.deepcopy(self.graph))
+        return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in vars(self).items() if k not in ("_graph", "_code")}

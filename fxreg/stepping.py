@@ -158,16 +158,16 @@ class TrainStep:
             state = {**state, **{name: spare[name] for name in new}}
         if switches.get("dampening"):  # else nothing asks, and the first graph is that of all steps
             switches["new"] = bool(new)
-        return parameter, {name: state[name] for name in names}, switches, moves
+        return parameter, {name: _no_number(state[name]) for name in names}, switches, moves
 
     def _kept(self, groups: list[Group], moved: tuple[bool, ...]) -> set[Tensor]:
         """The parameters that moved; the new states of theirs are the optimizer's, as it would have made them."""
         jobs = (job for _, _, jobs in groups for job in jobs)
-        found = {parameter: state for (parameter, state, *_), has_moved in zip(jobs, moved, strict=True) if has_moved}
-        for parameter, state in found.items():
-            if self._spare.pop(parameter, None) is not None:
-                self.optimizer.state[parameter].update(state)
-        return set(found)
+        found = {parameter for (parameter, *_), has_moved in zip(jobs, moved, strict=True) if has_moved}
+        for parameter in found & self._spare.keys():
+            state = self.optimizer.state[parameter]
+            state.update({name: one for name, one in self._spare.pop(parameter).items() if state.get(name) is None})
+        return found
 
     def _written(self, place: int, numbers: Mapping[str, float | Tensor], parameters: list[Tensor]) -> Tensor:
         """The numbers of a group as one tensor: by themselves they would be constants of the graph."""
@@ -191,6 +191,12 @@ class TrainStep:
         if device not in self._zeros:
             self._zeros[device] = torch.zeros(1, device=device, requires_grad=True)
         return self._zeros[device]
+
+
+def _no_number(state: Tensor) -> Tensor:
+    """The same memory, with a dimension where Dynamo would take it for a number, and drop what is written into it."""
+    is_taken = state.ndim == 0 and state.dtype == torch.float64 and state.device.type == "cpu"
+    return state.view(1) if is_taken else state
 
 
 def _refuse_strangers(gm: nn.Module, optimizer: torch.optim.Optimizer) -> None:

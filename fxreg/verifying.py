@@ -298,7 +298,7 @@ def _pulled(state: State, pull: PullBack, grad: Tensor | None, weight: Tensor) -
         return None
     if isinstance(definition, Penalty):
         added = _penalty_gradient(state, pull, weight)
-        return grad + added * scale.to(added)
+        return grad + added * scale.reshape(()).to(added)
     assert isinstance(definition, Gradient)
     if definition.detach:
         return None

@@ -109,6 +109,7 @@ class WholeStep:
                     gradient = next(remaining)
                     if gradient is None:
                         continue
+                    state = {k: one if one.shape == parameter.shape else one.reshape(()) for k, one in state.items()}
                     self.update(parameter, gradient, state, named, switches)
                     for formula, strengths, arguments in moves:
                         (new,) = formula.moved([parameter], named["lr"], strengths, arguments)

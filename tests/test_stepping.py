@@ -154,6 +154,38 @@ def test_every_optimizer_steps_as_in_the_ordinary_loop(name: str) -> None:
     compare(Trial("tiny", RULES["groups"]()), OPTIMIZERS[name])
 
 
+class Gained(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.linspace(-1, 1, 3)), nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight * self.gain
+
+
+@pytest.mark.parametrize("name", ["sgd with momentum", "adam"])
+def test_states_that_are_one_number_are_written_in_float64_too(name: str) -> None:
+    """Dynamo takes a 0-d float64 tensor for a number: Adam's step counter, and all that a 0-d parameter has."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, twin = Gained(), Gained()
+        gm = fxreg.transform(model, fxreg.Rule(fxreg.l2(0.1)))
+        optimizer, reference = OPTIMIZERS[name]([*model.parameters()]), OPTIMIZERS[name]([*twin.parameters()])
+        step = fxreg.train_step(gm, torch.sum, optimizer, backend="aot_eager")
+        for k in range(3):
+            x = torch.full((3,), 1.0 + k)
+            step(x)
+            reference.zero_grad()
+            (twin(x).sum() + 0.1 * sum((p * p).sum() for p in twin.parameters())).backward()
+            reference.step()
+    finally:
+        torch.set_default_dtype(usual)
+    for actual, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert_same_state(optimizer, reference)
+
+
 CASES = [(rules, "backward") for rules in RULES] + [(r, emit) for r in ("penalties", "clipped") for emit in EMITS[1:]]
 
 

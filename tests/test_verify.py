@@ -382,3 +382,16 @@ def test_sparse_gradients_are_compared_as_dense_ones(layer: type[nn.Module], rul
     model = nn.Sequential(layer(5, 3, sparse=True, **kwargs), nn.Linear(3, 2))
     gm = fxreg.transform(model, rule, example_inputs=(torch.tensor([[0, 1], [3, 3]]),))
     assert fxreg.explain(gm).verified
+
+
+@pytest.mark.parametrize("rule", [fxreg.Rule(fxreg.l1(0.1), via=via) for via in ("penalty", "gradient")])
+def test_a_parameter_that_is_one_number_is_no_other(rule: fxreg.Rule) -> None:
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(-0.3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gain
+
+    fxreg.transform(Gained(), rule, example_inputs=(torch.ones(3),))
