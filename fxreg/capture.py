@@ -13,6 +13,7 @@ from . import calls
 from .captured import Captured
 from .deepening import deepen
 from .errors import CaptureError
+from .graphs import Lent
 from .layers import whole_reason
 from .module import CHILD, RegularizedModule
 from .passing import Passing, can_tell
@@ -116,7 +117,7 @@ def _symbolic(model: nn.Module, arguments: tuple["Argument", ...], marked: Colle
             return _traced(model, arguments, marked)
         except Untraceable as failure:
             reason = str(failure)
-    return Captured(_whole(arguments), {"": reason}, remember(model))
+    return Captured(Lent(_whole(arguments)), {"": reason}, remember(model))
 
 
 def _traced(model: nn.Module, arguments: tuple[Argument, ...], marked: Collection[str]) -> Captured:
@@ -138,7 +139,7 @@ def _traced(model: nn.Module, arguments: tuple[Argument, ...], marked: Collectio
             if not misled:
                 heard = tracer.ledger
                 remembered = remember(model, heard.modules, heard.reads.items(), heard.codes.values())
-                return Captured(graph, tracer.opaque, remembered)
+                return Captured(Lent(graph), tracer.opaque, remembered)
             forced |= misled
         elif watches:
             raise Untraceable(tracer.side_effect)

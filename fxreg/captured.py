@@ -16,7 +16,7 @@ from torch._C import _are_functorch_transforms_active  # private: no public way 
 
 from .errors import CaptureError
 from .freezing import frozen
-from .graphs import as_function, read, written
+from .graphs import Lent, as_function, read, written
 from .passing import Passing
 from .staleness import Remembered, check_guarded, check_unchanged
 from .structure import PLAIN, alike, likeness, tensors
@@ -30,7 +30,7 @@ class Captured:
     """The graph of a forward, and what stayed whole in it.
 
     Attributes:
-        graph: complete, with its output node; parameters are read where the forward reads them.
+        lent: the graph, which is written into in one place and stays what it was everywhere else.
         opaque: for the path of every module called as a whole, why; `""` is the root.
         remembered: what the graph holds as it was, for `check_unchanged`.
         assumed: what must hold of a call for the graph to be right; nothing if None.
@@ -38,12 +38,17 @@ class Captured:
         passing: how the forward's arguments are passed; known of the last of a chain.
     """
 
-    graph: fx.Graph
+    lent: Lent
     opaque: Mapping[str, str]
     remembered: tuple[Remembered, ...] = ()
     assumed: "Assumed | None" = None
     otherwise: "Captured | None" = None
     passing: Passing | None = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        """Complete, with its output node; parameters are read where the forward reads them."""
+        return self.lent.graph
 
     @property
     def chain(self) -> "tuple[Captured, ...]":
@@ -99,10 +104,10 @@ class Captured:
         return replace(self, opaque=opaque)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "graph": written(self.graph)}
+        return {**vars(self), "lent": written(self.graph)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, graph=read(state["graph"]))
+        vars(self).update(state, lent=Lent(read(state["lent"])))
 
 
 @dataclass(frozen=True)

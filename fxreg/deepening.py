@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from .captured import WAYS, Assumed, Captured, Settled, joined, kinds_of, settled, way
 from .freezing import frozen
+from .graphs import Lent
 from .interception import as_if_compiled
 from .layers import described
 from .merging import differing, merged
@@ -160,7 +161,7 @@ class _Session:
         with self._borrowed(training=True):
             codes = first.ledger.codes | other.ledger.codes
             remembered = remember(self.model, modules, reads.items(), codes.values())
-        return Captured(graph, first.opaque, remembered, assumed)
+        return Captured(Lent(graph), first.opaque, remembered, assumed)
 
     def _settle(self) -> tuple[Settled, ...]:
         """What a first call sets for good. The recordings are of later calls."""

@@ -23,7 +23,7 @@ from .calls import call_region, give_output, take_inputs
 from .captured import Captured
 from .enclosed import enclosed
 from .errors import CaptureError, FxregError
-from .graphs import read, written
+from .graphs import Lent, read, written
 from .kinds import recorded_kinds
 from .module import CHILD
 from .staleness import remember
@@ -233,7 +233,7 @@ def read_program(program: ExportedProgram) -> tuple[ExportedModule, Captured]:
     """
     unlifted = _unlifted(program)
     module = _module_of(program, unlifted)
-    return module, Captured(_graph(unlifted, module), {}, remember(module))
+    return module, Captured(Lent(_graph(unlifted, module)), {}, remember(module))
 
 
 def _module_of(program: ExportedProgram, unlifted: fx.GraphModule) -> ExportedModule:

@@ -18,7 +18,7 @@ from .planning import Emit, LeaveToCompanion, Penalize, PenalizeActivation, Pena
 
 
 class Insertion:
-    """A copy of a captured graph that is being written into, and what was inserted so far.
+    """A captured graph that is being written into, and what was inserted so far.
 
     Its state is a new one, or that of the first of several graphs.
     """
@@ -35,9 +35,8 @@ class Insertion:
         self.model, self.plan, self.emit = model, plan, emit
         self.device = _device_of(model)
         self.is_alternative, self.opaque = first is not None, captured.opaque
-        self.graph = fx.Graph()
-        result = self.graph.graph_copy(captured.graph, {})
-        self.output = self.graph.output(result)
+        self.graph = captured.lent.lend()
+        self.output = self.graph.output_node()
         self.reads: dict[str, fx.Node] = {}
         self.nodes: dict[str, str] = {}
         self.calls: dict[str, list[str]] = {}

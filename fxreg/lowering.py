@@ -22,7 +22,7 @@ _WHOLE_MODEL: dict[Any, int] = {calls.call_model: 1, penalty_calls.call_model_pe
 
 
 def lower(model: nn.Module, captured: Captured, plan: Plan, emit: Emit) -> RegularizedModule:
-    """Rewrite a copy of the captured graph as the plan says, and wrap it around the model's own state.
+    """Rewrite the captured graph as the plan says, and wrap it around the model's own state.
 
     Raises:
         CaptureError: a gradient transform on a parameter that is also reached past its registered name; a rule on calls

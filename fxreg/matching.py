@@ -4,17 +4,17 @@ import difflib
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from .anchoring import check_anchors
-from .classes import is_known, is_of
+from .classes import Layer, is_known, is_of
 from .effects import Effect, strength_name
 from .errors import MatchError, RuleError
 from .functions import FunctionPenalty
-from .kinds import kinds
+from .kinds import Kind, kinds
 from .layers import is_layer
 from .positions import Position
 from .rules import Rule, is_literal, matcher
@@ -62,6 +62,7 @@ def select(model: nn.Module, rules: tuple[Rule, ...]) -> Iterator[Match]:
     owned = _by_owner(sites)
     classes = {base for kind in {*found_kinds.values()} for cls in kind.classes for base in cls.__mro__}
     unloaded = [kind.name for kind in found_kinds.values() if kind.name and not kind.classes]
+    is_asked_for = functools.cache(is_of)
     for label, rule in zip(_labels(rules), rules, strict=True):
         for key, layers in (("layer", rule.layers), ("where", rule.position.layers if rule.position else ())):
             for layer in layers:
@@ -73,7 +74,7 @@ def select(model: nn.Module, rules: tuple[Rule, ...]) -> Iterator[Match]:
                     )
         chosen: tuple[AnySite, ...]
         if rule.on == "param":
-            chosen = tuple(_selected(rule, label, sites, owned))
+            chosen = tuple(_selected(rule, label, sites, owned, is_asked_for))
         else:
             chosen = tuple(_selected_activations(rule, label, find_activation_sites(model, found_kinds, rule)))
         yield Match(label, rule, chosen, rule.position)
@@ -113,18 +114,23 @@ def _by_owner(sites: tuple[Site, ...]) -> dict[str, list[int]]:
     return owned
 
 
-def _selected(rule: Rule, label: str, sites: tuple[Site, ...], owned: Mapping[str, Sequence[int]]) -> Iterator[Site]:
+def _selected(
+    rule: Rule,
+    label: str,
+    sites: tuple[Site, ...],
+    owned: Mapping[str, Sequence[int]],
+    is_asked_for: Callable[[tuple[Layer, ...], Kind], bool | None],
+) -> Iterator[Site]:
     """The sites that a rule acts on, in order."""
     param, excluded = matcher(rule.param), [matcher(pattern) for pattern in rule.exclude]
     paths: Collection[str] = owned
     if rule.name is not None:
         paths = {str(rule.name)} & owned.keys() if is_literal(rule.name) else {*filter(matcher(rule.name), owned)}
         sites = tuple(sites[position] for position in sorted({i for path in paths for i in owned[path]}))
-    is_asked_for = functools.cache(functools.partial(is_of, rule.layers))
 
     def selects(owner: Owner) -> bool | None:
         named = owner.path in paths and (param(owner.key) or param(owner.key.rpartition(".")[2]))
-        return is_asked_for(owner.kind) if named else False
+        return is_asked_for(rule.layers, owner.kind) if named else False
 
     for site in sites:
         chosen = [*map(selects, site.owners)]

@@ -149,8 +149,9 @@ class Plan:
 
     def without_tensors(self) -> "Plan":
         """The same without the values of tensors that effects were given by name."""
-        edits = tuple(replace(edit, effect=edit.effect.without_tensors()) for edit in self.edits)
-        return replace(self, edits=edits)
+        hollow = [edit.effect.without_tensors() for edit in self.edits]
+        pairs = zip(self.edits, hollow, strict=True)
+        return replace(self, edits=tuple(e if e.effect is own else replace(e, effect=own) for e, own in pairs))
 
     def companions(self, via: Via) -> tuple[LeaveToCompanion, ...]:
         return tuple(e for e in self.edits if isinstance(e, LeaveToCompanion) and e.via == via)

@@ -350,12 +350,12 @@ class Recorder:
             args, kwargs = map(self.writer.argument, frame.call)
             node = self.writer.node("call_module", frame.path, args, kwargs)
             node.meta["nn_module_stack"][frame.path] = (frame.path, type(frame.module))
+            if is_layer(frame.module):
+                self.ledger.runs_layer(frame.path, frame.module)
             if is_plain_layer(frame.module) and not getattr(frame.module, "inplace", False):
                 node.meta[LAYER] = type(frame.module)
                 return self.writer.bound(result, Origin(node))
             self.writer.note_written(node)
-            if is_layer(frame.module):
-                self.ledger.runs_layer(frame.path, frame.module)
             if holds_mutable((*frame.call[0], *frame.call[1].values())):
                 raise Unrecordable(f"passes a list or dict to opaque {frame.path!r}, which may change it")
             if not is_layer(frame.module):

@@ -97,7 +97,7 @@ def untraceable_reason(module: nn.Module) -> str | None:
     functions = functions_of(module)
     if reason := next(filter(None, map(_function_reason, functions)), None):
         return reason
-    names = mentioned_names(module)
+    names = _mentioned(functions)
     kept = (
         value for space in (vars(module), *_own_spaces(type(module))) for name, value in space.items() if name in names
     )
@@ -116,7 +116,11 @@ def asks_for_none(module: nn.Module) -> bool:
 
 def mentioned_names(module: nn.Module) -> frozenset[str]:
     """Every name, and every string that could be one, in a module's code."""
-    return frozenset().union(*(names_mentioned(function.__code__) for function in functions_of(module)))
+    return _mentioned(functions_of(module))
+
+
+def _mentioned(functions: Iterable[types.FunctionType]) -> frozenset[str]:
+    return frozenset().union(*(names_mentioned(function.__code__) for function in functions))
 
 
 def global_names(modules: Iterable[nn.Module]) -> set[str]:

@@ -8,7 +8,7 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .reaching import reach
 from .scanning import (
@@ -20,15 +20,19 @@ from .scanning import (
     names_mentioned,
 )
 from .snapshots import Snapshot
+from .structure import PLAIN
 from .writes import Written
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_ANY = frozenset(vars(nn.Module()))
+_VALUES = frozenset((*PLAIN, Tensor, nn.Parameter))
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether the user hooked anything onto a module."""
-    return any(getattr(module, kind) for kind in HOOKS)
+    own = vars(module)
+    return any(own.get(kind) for kind in HOOKS)
 
 
 class Ledger:
@@ -63,8 +67,7 @@ class Ledger:
 
     def runs_layer(self, path: str, module: nn.Module) -> None:
         """A layer of torch's own will run as it is: it matters if something of the user's runs in it."""
-        own = vars(module)
-        if own["_modules"] or any(own[hooks] for hooks in HOOKS):
+        if not _is_inert(module):
             self.runs(path, module)
 
     def mark(self) -> tuple[int, ...]:
@@ -110,6 +113,19 @@ class Ledger:
                 where = ".".join(filter(None, (path, name)))
                 found.setdefault(reader, f"reads {where!r}, which may change when the model runs")
         return found
+
+
+def _is_inert(module: nn.Module) -> bool:
+    """Whether nothing runs in a module but torch's own code: the user's may be kept in it."""
+    own = vars(module)
+    if not type(module).__module__.startswith("torch.") or any(own.get(kind) for kind in HOOKS):
+        return False
+    kept = [value for name, value in own.items() if type(value) not in _VALUES and name not in _OF_ANY]
+    return not any(map(_leads_on, kept)) and all(map(_is_inert, module.children() if own["_modules"] else ()))
+
+
+def _leads_on(kept: Any) -> bool:
+    return any(map(_leads_on, kept)) if type(kept) in (tuple, list) else type(kept) not in _VALUES
 
 
 def class_attributes(modules: Iterable[nn.Module]) -> set[str]:

@@ -174,11 +174,12 @@ class SoundTracer(fx.Tracer):
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         """What a forward gets that reads a parameter, buffer or child, or what a `__getattr__` of its own gives."""
+        if isinstance(value, nn.Module):
+            return value
         if isinstance(value, Tensor):
             path = self.path_of(module)
             return self.create_proxy("get_attr", f"{path}.{name}" if path else name, (), {})
-        if not isinstance(value, nn.Module):
-            self.note_read(module, name, value)
+        self.note_read(module, name, value)
         return value
 
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
@@ -277,7 +278,7 @@ class SoundTracer(fx.Tracer):
         result.node.meta["nn_module_stack"][path] = (path, type(module))
         if self.marked and is_plain_layer(module) and not getattr(module, "inplace", False):
             result.node.meta[LAYER] = type(module)
-        if isinstance(module, nn.MultiheadAttention):
+        if issubclass(type(module), nn.MultiheadAttention):  # `isinstance` may ask the module, which is listened to
             return self._attention_results(result, kwargs.get("need_weights", args[4] if len(args) > 4 else True))
         return result
 

@@ -259,6 +259,40 @@ def test_an_attribute_set_by_its_name_is_no_other() -> None:
     torch.testing.assert_close(gm(ROW), model(ROW), rtol=0, atol=0)
 
 
+class Distance:
+    """What a layer of torch's own is given to run."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self.shared.level += 1.0
+        return (x - y).abs().sum(-1)
+
+
+class ReadsAfterLayer(nn.Module):
+    def __init__(self, shared: Shared, layer: nn.Module) -> None:
+        super().__init__()
+        self.shared, self.layer, self.fc = shared, layer, nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return self.layer(y, x, -x) * self.shared.level
+
+
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+def test_what_a_layer_of_torchs_own_keeps_may_write(examples: Any) -> None:
+    shared = Shared()
+    layer = nn.TripletMarginWithDistanceLoss(distance_function=Distance(shared))
+    model = ReadsAfterLayer(shared, layer)
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    for _ in range(2):
+        shared.level = 1.0
+        expected = model(ROW)
+        shared.level = 1.0
+        torch.testing.assert_close(gm(ROW), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [

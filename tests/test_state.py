@@ -170,6 +170,25 @@ def test_strip_shares_state_and_is_what_no_rules_give() -> None:
     assert not fxreg.strengths(stripped)
 
 
+@pytest.mark.parametrize("model", CASES)
+def test_strip_goes_back_to_what_was_captured_whatever_was_written_since(model: str) -> None:
+    original, _ = build(model)
+    plain = fxreg.transform(original, [])
+    gm = emit_from(original)
+    for node in reversed(gm.graph.nodes):
+        node.meta.clear()
+        if node.op == "output":
+            node.args = (None,)
+        elif not node.users and node.op != "placeholder":
+            gm.graph.erase_node(node)
+    gm.recompile()
+    for _ in range(2):
+        stripped = fxreg.strip(gm)
+        assert stripped.code == plain.code
+        assert [(n.name, n.meta) for n in stripped.graph.nodes] == [(n.name, n.meta) for n in plain.graph.nodes]
+        stripped.graph.output_node().args = (None,)
+
+
 def test_a_transformed_module_is_not_transformed_again() -> None:
     gm = emit_from(MLP())
     with pytest.raises(fxreg.CaptureError, match="already transformed"):
