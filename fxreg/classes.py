@@ -16,6 +16,9 @@ def checked_layers(layers: object, who: str, what: str = "layer") -> tuple[Layer
     """One or several classes or names of classes, as a tuple. `"nn.Linear"` says one class, and becomes it."""
     found = several(layers, what, who)
     for one in found:
+        if isinstance(one, nn.Module):
+            cls, alone = type(one).__name__, " One module alone is selected by its path, name=." * (what == "layer")
+            raise RuleError(f"{who}: {what} must be a class, got an instance of {cls}. Give the class, {cls}.{alone}")
         named = isinstance(one, str) and is_dotted(one)
         if not named and not (isinstance(one, type) and issubclass(one, nn.Module)):
             raise RuleError(f"{who}: {what} must be nn.Module classes or class names, got {one!r}.")
@@ -26,7 +29,7 @@ def checked_layers(layers: object, who: str, what: str = "layer") -> tuple[Layer
 
 def several(value: object, field: str, who: str) -> Sequence[Any]:
     """One or several values as a sequence."""
-    if isinstance(value, str | re.Pattern | type):
+    if isinstance(value, str | re.Pattern | type | nn.Module):
         return (value,)
     try:
         return tuple(value)  # type: ignore[arg-type]

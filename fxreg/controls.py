@@ -127,7 +127,8 @@ def penalties(gm: nn.Module, /, *inputs: Any, **named: Any) -> dict[str, Tensor]
         0-d tensors, for every rule whose effect is a penalty, whatever its `via`.
 
     Raises:
-        FxregError: rules on activations, and no inputs; not a module that `fxreg.transform` returned.
+        FxregError: rules on activations, and no inputs for a model that takes some; not a module that
+            `fxreg.transform` returned.
         CaptureError: the model changed, and the rules mean something else.
 
     >>> import torch, fxreg
@@ -142,7 +143,8 @@ def penalties(gm: nn.Module, /, *inputs: Any, **named: Any) -> dict[str, Tensor]
     parameters = dict(emitted(gm).named_parameters())
     found: dict[str, Tensor] = {}
     plan = state.provenance.plan
-    if plan.on_forward and not (inputs or named):
+    passing = state.captured.chain[-1].passing
+    if plan.on_forward and not (inputs or named or (passing is not None and passing.takes_nothing)):
         raise FxregError(
             f"penalties: rule {plan.on_forward[0].label!r} is on activations, which depend on inputs. Pass them: "
             "fxreg.penalties(gm, *inputs), or by name."

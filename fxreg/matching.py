@@ -5,7 +5,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from .kinds import Kind, kinds
 from .layers import is_layer
 from .positions import Position
 from .rules import Rule, is_literal, matcher
-from .sites import ActivationSite, AnySite, Owner, Site, find_activation_sites, find_sites
+from .sites import ActivationSite, AnySite, Owner, Site, check_paths, find_activation_sites, find_sites
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,16 @@ class Match:
     """A rule under its label, and every site it acts on, in the order of `named_parameters()` or `named_modules()`.
 
     Where the rule asks for a position in the graph, it acts only on the sites that turn out to have it.
+
+    Attributes:
+        names: what its `exclude` was asked of: every name of a parameter, or for activations of a module.
     """
 
     label: str
     rule: Rule
     sites: tuple[AnySite, ...]
     position: Position | None = None
+    names: Collection[str] = field(default=(), repr=False, compare=False)
 
 
 def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
@@ -40,6 +44,7 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
     Raises:
         RuleError: a class name found neither in `torch.nn` nor in the model; a `where` that fails.
         MatchError: a rule that matches nothing, a duplicate, two rules of one label, a penalty on a frozen site.
+        CaptureError: a model that is compiled, or inside itself.
     """
     for definition in {rule.effect.definition for rule in rules}:
         definition.refresh()
@@ -55,11 +60,14 @@ def select(model: nn.Module, rules: tuple[Rule, ...]) -> Iterator[Match]:
     """What every rule selects; whether its effect can act there is not asked.
 
     Raises:
+        CaptureError: a model in which names do not mean what they seem to.
         RuleError, MatchError: a class name that is unknown, a `where` that fails, labels, an undecided class.
     """
+    check_paths(model)
     found_kinds = kinds(model)
     sites = tuple(find_sites(model, found_kinds))
     owned = _by_owner(sites)
+    parameters = {name for site in sites for name in site.names}
     classes = {base for kind in {*found_kinds.values()} for cls in kind.classes for base in cls.__mro__}
     unloaded = [kind.name for kind in found_kinds.values() if kind.name and not kind.classes]
     is_asked_for = functools.cache(is_of)
@@ -77,7 +85,7 @@ def select(model: nn.Module, rules: tuple[Rule, ...]) -> Iterator[Match]:
             chosen = tuple(_selected(rule, label, sites, owned, is_asked_for))
         else:
             chosen = tuple(_selected_activations(rule, label, find_activation_sites(model, found_kinds, rule)))
-        yield Match(label, rule, chosen, rule.position)
+        yield Match(label, rule, chosen, rule.position, parameters if rule.on == "param" else found_kinds.keys())
 
 
 def decided(model: nn.Module, matches: Sequence[Match]) -> tuple[Match, ...]:

@@ -35,6 +35,10 @@ class Passing:
     takes_more: bool
     is_told: bool
 
+    @property
+    def takes_nothing(self) -> bool:
+        return not (self.by_position or self.by_name or self.is_open or self.takes_more)
+
     def check(self, model: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raise if a call passes arguments in another way, and something could tell.
 

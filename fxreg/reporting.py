@@ -92,7 +92,7 @@ def explain(model: nn.Module | ExportedProgram, rules: Rules | None = None) -> P
         raise FxregError(f"explain: model must be an nn.Module or an ExportedProgram, got {model!r}.")
     model = as_module(model)
     if rules is not None:
-        if isinstance(model, RegularizedModule):
+        if isinstance(getattr(model, "_orig_mod", model), RegularizedModule):
             raise RuleError("explain(gm) takes no rules: they are in the module. For a dry run, pass the model.")
         return plan(match(model, given_rules(rules)))
     state = state_of(model)

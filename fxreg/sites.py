@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .errors import MatchError
+from .errors import CaptureError, MatchError
 from .kinds import Kind
 from .rules import On, Op, Rule
 
@@ -84,6 +84,36 @@ class ActivationSite:
 
 
 AnySite: TypeAlias = Site | ActivationSite
+
+
+def check_paths(model: nn.Module) -> None:
+    """Raise unless every module has paths of its own, by which rules can mean it."""
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise CaptureError(
+            "the model is compiled already, and in it everything has another name. Transform the model that "
+            "torch.compile was given (model._orig_mod), and compile what comes of it: "
+            "torch.compile(fxreg.transform(model, rules))."
+        )
+    if path := _path_inside_itself(model, "", set(), set()):
+        raise CaptureError(
+            f"the model's module {path!r} is inside itself, so that its paths never end. Take it out, or keep it in an "
+            "attribute that registers no module, such as a tuple of one."
+        )
+
+
+def _path_inside_itself(module: nn.Module, path: str, above: set[nn.Module], seen: set[nn.Module]) -> str | None:
+    """Where a module stands again somewhere below itself, if one does."""
+    if module in above:
+        return path
+    if module in seen:
+        return None
+    seen.add(module)
+    above.add(module)
+    for name, child in module.named_children():
+        if found := _path_inside_itself(child, f"{path}.{name}" if path else name, above, seen):
+            return found
+    above.remove(module)
+    return None
 
 
 def find_sites(model: nn.Module, kinds: Mapping[str, Kind]) -> Iterator[Site]:

@@ -870,6 +870,24 @@ def test_penalties_need_inputs_and_leave_everything_as_it_was() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("opaque", [False, True])
+def test_penalties_of_a_model_that_takes_nothing_need_no_inputs(opaque: bool) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start, self.lin = nn.Parameter(torch.ones(1, 3)), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor | None = None, scale: int = 2) -> Tensor:
+            if opaque and self.start.sum() > 99:
+                return self.start
+            return self.lin(self.start if x is None else x) * scale
+
+    model = Own()
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(S), layer="Linear", on="output"))
+    assert ("" in fxreg.explain(gm).opaque) == opaque
+    assert torch.allclose(fxreg.penalties(gm)["l1"], S * model.lin(model.start).abs().sum())
+
+
 @pytest.mark.parametrize("fake", [lambda a: 0.5 * a.abs().sum(), lambda a: a.abs().sum() * 0], ids=["half", "none"])
 def test_verify_rejects_a_graph_with_another_penalty(fake: Callable[[Tensor], Tensor]) -> None:
     model, x = build(Net)

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -457,6 +459,57 @@ def test_relative_position_tables_are_no_biases() -> None:
     model = nn.Module()
     model.bias_table = nn.Parameter(torch.ones(3, 3))
     assert fxreg.explain(model, fxreg.Rule(fxreg.l1(0.1))).lints == ()
+
+
+# Exclusions that leave out nothing.
+
+HEADED = nn.Sequential(OrderedDict(body=nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), head=nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("exclude", "meant"),
+    [
+        ("head", "'head.*'"),
+        ("bo*y", "'bo*y.*'"),
+        ("*head", "'*head.*'"),
+        ("bias", "'*.bias'"),
+        ("0.weight", "'*.0.weight'"),
+        ("ead.w", "'*ead.w*'"),
+        ("head.wieght", "Mend it"),
+        ("haed.*", "Mend it"),
+        ("", "Mend it"),
+        (re.compile("head"), "'re:head[.].*'"),
+        ("*.gain", None),  # made for models that have one
+        (re.compile(".*gain"), None),
+        ("head.*", None),
+        ("*.bias", None),  # nothing that the rule would take, and yet no mistake
+    ],
+)
+def test_exclusions_that_name_nothing(exclude: Any, meant: str | None) -> None:
+    rule = fxreg.Rule(fxreg.clip_norm(1.0), param="weight", exclude=[exclude, "*.1.weight"])
+    plan = fxreg.explain(HEADED, rule)
+    if meant is None:
+        assert plan.lints == ()
+    else:
+        assert [edit.site for edit in plan.edits] == ["body.0.weight", "head.weight"]
+        (lint,) = plan.lints
+        assert (lint.kind, lint.labels, lint.sites) == ("idle-exclude", ("clip_norm",), ())
+        assert "leaves out nothing: no parameter has that full name." in lint.message
+        assert meant in lint.message
+        assert fxreg.explain(fxreg.transform(HEADED, rule)).lints == plan.lints
+        optional = fxreg.Rule(fxreg.clip_norm(1.0), param="weight", exclude=exclude, optional=True)
+        assert fxreg.explain(HEADED, optional).lints == ()
+
+
+@pytest.mark.parametrize(
+    ("exclude", "meant"),
+    [("head.*", "'head'"), ("head.weight", "'head'"), ("0", "'*.0'"), ("nope", "Mend it"), ("head", None), ("", None)],
+)
+def test_exclusions_of_activations_name_modules(exclude: str, meant: str | None) -> None:
+    rule = fxreg.Rule(fxreg.l1(0.1), layer="Linear", on="output", exclude=exclude)
+    messages = [lint.message for lint in fxreg.explain(HEADED, rule).lints]
+    assert len(messages) == (meant is not None)
+    assert all("no module has that path." in one and str(meant) in one for one in messages)
 
 
 # Double decay.

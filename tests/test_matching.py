@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -421,6 +422,41 @@ def test_one_effect_twice_on_one_site_is_an_error_whatever_the_strength_or_via(p
     for attempt in (fxreg.explain, fxreg.transform):
         with pytest.raises(fxreg.MatchError, match="duplicate"):
             attempt(Tower(), [make() for make in pair])
+
+
+EVERYWHERE: list[Callable[[nn.Module, Any], object]] = [
+    fxreg.transform, fxreg.explain, fxreg.lint, fxreg.param_groups
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("take", EVERYWHERE)
+@pytest.mark.parametrize("place", ["", "body", "body.0"])
+def test_a_module_inside_itself_is_refused(place: str, take: Callable[..., object]) -> None:
+    model = nn.Sequential(OrderedDict(body=nn.Sequential(nn.Linear(2, 2)), again=nn.Linear(2, 2)))
+    model.again = model.body  # a module that is twice in a model is not inside itself
+    graph = torch.fx.symbolic_trace(model)
+    for one in (model, graph):
+        take(one, [])
+        one.get_submodule("body.0").child = one.get_submodule(place)
+        with pytest.raises(fxreg.CaptureError, match=r"module 'body\.0\.child' is inside itself.*Take it out"):
+            take(one, [fxreg.Rule(fxreg.l1(0.1))])
+        one.get_submodule("body.0").child = None
+
+
+@pytest.mark.parametrize("take", EVERYWHERE)
+def test_a_compiled_model_is_refused(take: Callable[..., object]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Linear(2, 2), backend="eager"))
+    take(model, [])  # a part may be compiled
+    with pytest.raises(fxreg.CaptureError, match=r"is compiled already.*Transform the model.*_orig_mod"):
+        take(torch.compile(model, backend="eager"), [fxreg.Rule(fxreg.l1(0.1))])
+
+
+@pytest.mark.parametrize("take", [fxreg.explain, fxreg.lint])
+def test_a_transformed_model_has_its_rules(take: Callable[..., object]) -> None:
+    gm = fxreg.transform(nn.Linear(2, 2), [])
+    for one in (gm, torch.compile(gm, backend="eager")):
+        with pytest.raises(fxreg.RuleError, match=r"\(gm\) takes no rules"):
+            take(one, [fxreg.Rule(fxreg.l1(0.1))])
 
 
 def test_duplicates_are_found_through_a_tie() -> None:

@@ -171,6 +171,17 @@ def test_layers_and_exclusions_may_be_any_iterable(several: Any) -> None:
         assert sites == ["encoder.0.weight", "encoder.0.bias", "encoder.1.weight", "encoder.1.bias", "encoder.2.bias"]
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)), (nn.ReLU, nn.Linear(1, 1))])
+def test_a_module_in_the_place_of_its_class_says_to_give_the_class(layer: Any) -> None:
+    cls = "Sequential" if isinstance(layer, nn.Sequential) else "Linear"
+    said = f"must be a class, got an instance of {cls}. Give the class, {cls}."
+    with pytest.raises(fxreg.RuleError, match=re.escape(f"rule 'l1': layer {said} One module alone")) as caught:
+        fxreg.Rule(fxreg.l1(0.1), layer=layer)
+    assert "name=" in str(caught.value)
+    with pytest.raises(fxreg.RuleError, match=f"{re.escape(f'before: type {said}')}$"):
+        fxreg.before(layer)
+
+
 def test_an_effect_that_was_not_called_says_to_call_it() -> None:
     with pytest.raises(fxreg.RuleError, match=r"lacks its strength.*fxreg\.l1\(") as caught:
         fxreg.Rule(fxreg.l1, label="sparse")
