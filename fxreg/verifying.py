@@ -4,6 +4,7 @@ It re-derives everything the hard way: outputs and buffers from the original mod
 original model plus the rules' formulas. None of the emitted operators is used on the reference side.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .capture import Examples, split_examples
-from .controls import activation_value, function_value, live_arguments, live_strengths
-from .effects import Gradient, Penalty
-from .errors import VerifyError
+from .controls import activation_value, function_value
+from .errors import FxregError, VerifyError
 from .exported import ExportedModule
-from .joining import Joint
 from .module import RegularizedModule, State, emitted, state_of
 from .observing import observing
-from .planning import Penalize, PullBack
+from .rederiving import moved, muting, objective, silent, with_rules
 from .rematching import check_meaning
 from .snapshots import borrowed, iterator_kept
 from .structure import fresh, likeness, map_tensors, tensors
@@ -36,6 +35,7 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
 
     In train and in eval mode: outputs bitwise; every buffer after the call; the gradient of every parameter, and of
     every input that requires one, for all outputs together; the rules' part of it alone through each single output.
+    Parameters at which a penalty has no gradient, or before which none arrives, are moved meanwhile.
     RNG, buffers, attributes, modes and `.grad` are left as they were found. What was made from an exported program has
     one mode.
 
@@ -86,15 +86,10 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
             live = [k for k, tensor in enumerate(tensors(output)) if tensor.requires_grad]
             for trial in _trials(live):
                 where = f"{mode}, {trial.name}"
-                reset()
-                try:
-                    theirs = _observe(model, state, trial, args, kwargs)
-                except RuntimeError as failure:
-                    _expect_failure(gm, state, trial, args, kwargs, reset, f"{where}: {failure}")
-                    continue
-                reset()
-                ours = _observe(gm, state, trial, args, kwargs)
-                _compare(state, theirs, ours, trial, where)
+                run = functools.partial(_compared, gm, model, state, trial, args, kwargs, reset, where)
+                theirs = run(silent(state) if trial.weight == 0 or state.provenance.emit == "loss" else ())
+                if theirs is not None and trial.weight and (zeros := muting(state, theirs.gradients)):
+                    run(zeros)
 
 
 @dataclass(frozen=True)
@@ -134,6 +129,40 @@ class _Run:
     on_forward: Tensor | None
     added: dict[str, Tensor | None]
     beside: dict[str, Tensor | None]
+
+
+def _compared(
+    gm: nn.Module,
+    model: nn.Module,
+    state: State,
+    trial: _Trial,
+    args: Any,
+    kwargs: Any,
+    reset: Callable[[], None],
+    where: str,
+    elsewhere: Sequence[Tensor],
+) -> _Run | None:
+    """The model's pass, once the emitted module's was compared with it, with some parameters at another place; None
+    where the model itself fails."""
+    reset()
+    try:
+        with moved(elsewhere):
+            theirs = _observe(model, state, trial, args, kwargs)
+    except RuntimeError as failure:
+        _expect_failure(gm, state, trial, args, kwargs, reset, f"{where}: {failure}")
+        return None
+    reset()
+    with moved(elsewhere):
+        try:
+            ours = _observe(gm, state, trial, args, kwargs)
+        except FxregError:
+            raise
+        except Exception as failure:
+            raise VerifyError(
+                f"{where}: the emitted module raises {type(failure).__name__}, and the model does not: {failure}"
+            ) from failure
+        _compare(state, theirs, ours, trial, where)
+    return theirs
 
 
 def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -196,7 +225,7 @@ def _expect_failure(
 
 
 def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) -> None:
-    emit, reference = state.provenance.emit, _objective(state, theirs.on_forward)
+    emit, reference = state.provenance.emit, objective(state, theirs.on_forward)
     if type(theirs.output) is not type(ours.output) and not isinstance(theirs.output, Tensor):
         raise VerifyError(
             f"{where}: the model returns a {type(theirs.output).__name__}, the emitted module a "
@@ -224,7 +253,7 @@ def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) 
         _compare_tensors(wanted, ours.penalty, f"{where}: the penalty", exact=False)
     for name, buffer in theirs.buffers.items():
         _compare_tensors(buffer, ours.buffers[name], f"{where}: buffer {name!r} after the call", exact=True)
-    gradients = _with_rules(state, theirs, weight)
+    gradients = with_rules(state, theirs.gradients, theirs.added, theirs.beside, weight)
     rounding = _rounding(gradients.values()) if state.provenance.plan.on_forward else 0.0
     for name, gradient in gradients.items():
         _compare_gradient(gradient, ours.gradients[name], f"{where}: gradient of {name!r}", rounding)
@@ -262,89 +291,6 @@ def _gradients(loss: Tensor, parameters: Mapping[str, Tensor], compiled: bool) -
 def _dense(gradient: Tensor | None) -> Tensor | None:
     """The gradient of an embedding may be sparse; what the rules make of it is not."""
     return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
-
-
-def _with_rules(state: State, run: _Run, weight: float | None) -> dict[str, Tensor | None]:
-    """The loss's gradients after the rules: those of penalties on activations, which pass the same way, transforms,
-    and then those of the other penalties; `weight` times where a node adds them."""
-    plan = state.provenance.plan
-    parameters = dict(state.model.named_parameters())
-    result = dict(run.gradients)
-    for name, more in run.added.items():
-        if more is not None and weight is not None:
-            result[name] = _sum(result[name], more * weight)
-    for pulls in plan.pulls():
-        if pulls[0].effect.definition.is_joint:
-            result |= _jointly_pulled(state, pulls, result, parameters)
-        elif (site := pulls[0].site) in result:
-            result[site] = _pulled(state, pulls[0], result[site], parameters[site])
-    for name, more in run.beside.items():
-        if more is not None and weight is not None and name not in plan.frozen:
-            result[name] = _sum(result[name], more * weight)
-    for edit in plan.penalties:
-        if edit.site in result and weight is not None:
-            added = _penalty_gradient(state, edit, parameters[edit.site]) * weight
-            result[edit.site] = _sum(result[edit.site], added)
-    return result
-
-
-def _sum(before: Tensor | None, added: Tensor) -> Tensor:
-    return added if before is None else before + added
-
-
-def _pulled(state: State, pull: PullBack, grad: Tensor | None, weight: Tensor) -> Tensor | None:
-    definition, scale = pull.effect.definition, state.loss_scale
-    if grad is None:
-        return None
-    if isinstance(definition, Penalty):
-        added = _penalty_gradient(state, pull, weight)
-        return grad + added * scale.reshape(()).to(added)
-    assert isinstance(definition, Gradient)
-    if definition.detach:
-        return None
-    live = live_strengths(state, pull.label, pull.effect)
-    if definition.has_stream:
-        live["stream"] = state.get_buffer(state.provenance.streams[pull.label, pull.site])
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    arguments = live_arguments(state, pull)
-    pulled = definition.formula.transform(grad.to(wide), weight.detach().to(wide), scale, live, arguments)
-    return pulled.to(grad.dtype)
-
-
-def _jointly_pulled(
-    state: State, pulls: tuple[PullBack, ...], gradients: Mapping[str, Tensor | None], parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The new gradients of those parameters of a joint transform that have one."""
-    (label, effect), *_ = ((pull.label, pull.effect) for pull in pulls)
-    found = {pull.site: grad for pull in pulls if (grad := gradients.get(pull.site)) is not None}
-    if not found:
-        return {}
-    assert isinstance(effect.definition, Joint)
-    grads = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in found.values()]
-    weights = [parameters[site].detach().to(grad) for site, grad in zip(found, grads, strict=True)]
-    live = live_strengths(state, label, effect)
-    pulled = effect.definition.formula.transform(grads, weights, state.loss_scale, live, effect.arguments)
-    return {site: new.to(old.dtype) for (site, old), new in zip(found.items(), pulled, strict=True)}
-
-
-def _penalty_gradient(state: State, edit: Penalize | PullBack, weight: Tensor) -> Tensor:
-    leaf = weight.detach().requires_grad_()
-    (found,) = torch.autograd.grad(_value(state, edit, leaf), leaf, allow_unused=True)
-    return torch.zeros_like(weight) if found is None else found
-
-
-def _value(state: State, edit: Penalize | PullBack, weight: Tensor) -> Tensor:
-    definition, live = edit.effect.definition, live_strengths(state, edit.label, edit.effect)
-    assert isinstance(definition, Penalty)
-    return definition.formula.value(weight, live, live_arguments(state, edit))
-
-
-def _objective(state: State, on_forward: Tensor | None) -> Tensor | None:
-    """Σ s·R over every penalty node's parameter, by the formulas, and those on the forward call."""
-    parameters = dict(state.model.named_parameters())
-    terms = [_value(state, e, parameters[e.site].detach()) for e in state.provenance.plan.penalties]
-    terms += [] if on_forward is None else [on_forward]
-    return torch.stack([term.to(terms[0]) for term in terms]).sum() if terms else None
 
 
 def _loss_of(output: Any) -> Any:

@@ -395,3 +395,57 @@ def test_a_parameter_that_is_one_number_is_no_other(rule: fxreg.Rule) -> None:
             return x * self.gain
 
     fxreg.transform(Gained(), rule, example_inputs=(torch.ones(3),))
+
+
+class Zeros(nn.Module):
+    """Much has no gradient at first: a bias, a penalty at its anchor, and what lies before weights of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(4, 2), nn.Linear(2, 4)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(
+    ("rule", "emit"),
+    [
+        (fxreg.Rule(fxreg.l1(0.1), name="down", param="bias"), "backward"),
+        (fxreg.Rule(fxreg.l2(0.1), name="up", param="weight"), "output"),
+        (fxreg.Rule(fxreg.l2(0.1), name="up", param="weight", via="gradient"), "backward"),
+        (fxreg.Rule(fxreg.l2_sp(0.1), param="weight"), "backward"),
+        (fxreg.Rule(fxreg.scale(0.5), name="down", param="weight"), "backward"),
+    ],
+    ids=["bias", "value", "gradient", "anchor", "transform"],
+)
+def test_a_penalty_or_transform_without_a_gradient_yet_is_looked_at_elsewhere(rule: fxreg.Rule, emit: str) -> None:
+    torch.manual_seed(0)
+    model, x = Zeros(), torch.randn(3, 4)
+    before = copy.deepcopy(model.state_dict())
+    gm = fxreg.transform(model, rule, example_inputs=(x,), emit=emit)  # type: ignore[arg-type]
+    name = rule.effect.name + "_gradient" * (rule.via == "gradient")
+    inserted = operator(gm, name)
+    if rule.lowering == "penalty":
+        around(gm, inserted, torch.mul, 2.0)
+    else:
+        inserted.replace_all_uses_with(inserted.args[0])  # type: ignore[arg-type]
+    gm.recompile()
+    recorded, versions = model(x).sum(), [p._version for p in model.parameters()]
+    with pytest.raises(fxreg.VerifyError):
+        fxreg.verify(gm, model, (x,))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+    assert [p._version for p in model.parameters()] == versions
+    recorded.backward()
+
+
+def test_an_emitted_module_that_raises_where_the_model_does_not_is_rejected() -> None:
+    model, gm, x = emitted()
+    around(gm, operator(gm, "l1"), torch.Tensor.expand, 3, 3)
+    gm.recompile()
+    with pytest.raises(fxreg.VerifyError, match=r"in train mode.* the emitted module raises RuntimeError, and"):
+        fxreg.verify(gm, model, (x,))
+    with pytest.raises(RuntimeError, match="shapes"):
+        fxreg.verify(gm, model, (x[:, 1:],))
