@@ -14,7 +14,7 @@ Layer: TypeAlias = type[nn.Module] | str
 
 def checked_layers(layers: object, who: str, what: str = "layer") -> tuple[Layer, ...]:
     """One or several classes or names of classes, as a tuple. `"nn.Linear"` says one class, and becomes it."""
-    found = several(layers, what, who)
+    found = several(layers)
     for one in found:
         if isinstance(one, nn.Module):
             cls, alone = type(one).__name__, " One module alone is selected by its path, name=." * (what == "layer")
@@ -27,14 +27,14 @@ def checked_layers(layers: object, who: str, what: str = "layer") -> tuple[Layer
     return tuple((_said(one) or one) if isinstance(one, str) else one for one in found)
 
 
-def several(value: object, field: str, who: str) -> Sequence[Any]:
+def several(value: object) -> Sequence[Any]:
     """One or several values as a sequence."""
     if isinstance(value, str | re.Pattern | type | nn.Module):
         return (value,)
     try:
         return tuple(value)  # type: ignore[arg-type]
     except TypeError:
-        raise RuleError(f"{who}: {field} must be one or several, got {value!r}.") from None
+        return (value,)
 
 
 def class_name(cls: type[nn.Module]) -> str | None:

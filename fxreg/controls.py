@@ -228,7 +228,8 @@ def load_state_dict(gm: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Take back what `fxreg.state_dict` gave, in place.
 
     Raises:
-        FxregError: no mapping to tensors, or keys or shapes that are not those of the rules; nothing is changed then.
+        FxregError: no mapping to tensors, keys or shapes that are not those of the rules, or a strength or loss scale
+            that none can be; nothing is changed then.
 
     >>> import torch, fxreg
     >>> gm = fxreg.transform(torch.nn.Linear(4, 2), [fxreg.Rule(fxreg.l1(0.1))])
@@ -252,6 +253,12 @@ def load_state_dict(gm: nn.Module, state: Mapping[str, Tensor]) -> None:
             raise FxregError(
                 f"load_state_dict: {name!r} has shape {tuple(state[name].shape)}, expected {tuple(buffer.shape)}."
             )
+    for name, value in state.items():
+        is_scale = name == "loss_scale"
+        if is_scale or name.startswith("strengths."):
+            number = checked_strength(value.reshape(()), f"load_state_dict: {name!r}")
+            if is_scale and number == 0:
+                raise FxregError(f"load_state_dict: {name!r} is a finite positive number, got {number!r}.")
     for name, buffer in own.items():
         buffer.copy_(state[name])
 

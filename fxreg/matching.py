@@ -257,15 +257,19 @@ def _undecided(label: str, rule: Rule, owner: Owner) -> str:
 
 def _matched_nothing(label: str, rule: Rule, model: nn.Module) -> str:
     conditions = f" ({', '.join(rule.conditions())})" if rule.conditions() else ""
-    wanted = str(rule.name or rule.param or "")
-    is_module = rule.on != "param" or rule.name is not None
-    candidates = [path for path, _ in (model.named_modules() if is_module else model.named_parameters()) if path]
-    near = difflib.get_close_matches(wanted.strip("*"), candidates, n=3, cutoff=0) if candidates else []
-    what = "modules" if is_module else "parameters"
+    near, found_kinds = "", {*kinds(model).values()}
+    has_layer = any(is_of(rule.layers, kind) for kind in found_kinds)
+    if not has_layer:
+        asked = ", ".join(one if isinstance(one, str) else one.__name__ for one in rule.layers)
+        near = _nearest(asked, "layers", {cls.__name__ for kind in found_kinds for cls in kind.classes})
+    if has_layer or rule.name is not None or rule.param != "*":
+        is_module = rule.on != "param" or rule.name is not None
+        paths = [path for path, _ in (model.named_modules() if is_module else model.named_parameters()) if path]
+        near += _nearest(str(rule.name or rule.param).strip("*"), "modules" if is_module else "parameters", paths)
     keys = "layer=, name=, param=, exclude= or where=" if rule.on == "param" else "layer=, name=, exclude= or where="
     return (
         f"rule {label!r}{conditions} matched no {'parameter' if rule.on == 'param' else 'module'}"
-        f"{nearest(near, what)}. {_divided(rule, model)}Mend {keys}, or pass optional=True."
+        f"{near}. {_divided(rule, model)}Mend {keys}, or pass optional=True."
     )
 
 
@@ -283,6 +287,10 @@ def _divided(rule: Rule, model: nn.Module) -> str:
                 f"name apart, as in name={path!r}, param={name!r}. "
             )
     return ""
+
+
+def _nearest(wanted: str, what: str, candidates: Iterable[str]) -> str:
+    return nearest(difflib.get_close_matches(wanted, sorted(candidates), n=3, cutoff=0), what)
 
 
 def nearest(names: list[str], what: str = "names") -> str:

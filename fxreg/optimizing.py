@@ -73,6 +73,8 @@ def param_groups(
         raise RuleError(
             f"param_groups: optimizer must be an optimizer class such as torch.optim.SGD, got {optimizer!r}."
         )
+    if not isinstance(model, nn.Module | ExportedProgram):
+        raise RuleError(f"param_groups: model must be an nn.Module or an ExportedProgram, got {model!r}.")
     given, model = model, original(as_module(model))
     matches = tuple(one for one in match(model, given_rules(rules)) if one.rule.lowering == "optimizer")
     if any(one.position for one in matches):

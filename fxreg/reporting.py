@@ -13,7 +13,7 @@ from .files import Rules, given_rules
 from .linting import lint_emitted
 from .lints import Lint
 from .matching import match
-from .module import RegularizedModule, emitted, state_of
+from .module import Provenance, RegularizedModule, emitted, state_of
 from .planning import LeaveToCompanion, Plan, plan
 from .transforming import strip
 
@@ -110,7 +110,7 @@ def explain(model: nn.Module | ExportedProgram, rules: Rules | None = None) -> P
 
 
 def diff(gm: nn.Module) -> str:
-    """The emitted code against the unregularized code, each inserted line with the label of its rule.
+    """The emitted code against the unregularized code, each inserted line with the labels of the rules that it serves.
 
     Raises:
         FxregError: not a module that `fxreg.transform` returned.
@@ -120,11 +120,27 @@ def diff(gm: nn.Module) -> str:
     >>> print(fxreg.diff(gm).splitlines()[0])
     --- unregularized
     """
-    provenance = state_of(gm).provenance
+    served = _served(emitted(gm).graph, state_of(gm).provenance)
     before = str(strip(gm).code).strip().splitlines()
     after = str(emitted(gm).code).strip().splitlines()
     lines = []
     for line in difflib.unified_diff(before, after, "unregularized", "regularized", lineterm="", n=2):
-        label = provenance.nodes.get(line[1:].partition("=")[0].strip()) if line.startswith("+ ") else None
-        lines.append(f"{line}  # rule {label!r}" if label else line)
+        labels = served.get(line[1:].partition("=")[0].strip(), []) if line.startswith("+ ") else []
+        rules = f"  # rule{'s' * (len(labels) > 1)} {', '.join(map(repr, labels))}"
+        lines.append(f"{line}{rules}" if labels else line)
     return "\n".join(lines)
+
+
+def _served(graph: fx.Graph, provenance: Provenance) -> dict[str, list[str]]:
+    """For every node's name, the rules that it serves: its own; or else, in their order, those whose nodes it takes; or
+    if there are none, for what was inserted, those of its users."""
+    order = dict.fromkeys(edit.label for edit in provenance.plan.edits)
+    found: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        inserted = [one.name for one in node.all_input_nodes if one.name in provenance.nodes]
+        own = provenance.nodes.get(node.name)
+        found[node.name] = {own} if own else set().union(*map(found.__getitem__, inserted))
+    for node in reversed(graph.nodes):
+        if node.name in provenance.nodes and not found[node.name]:
+            found[node.name] = set().union(*(found[user.name] for user in node.users))
+    return {name: [label for label in order if label in labels] for name, labels in found.items()}

@@ -141,7 +141,7 @@ class Rule(_Acts, _Keys):
             "op": op,
             "name": None if name is None else _checked_pattern(name, "name", who),
             "param": _checked_pattern(param, "param", who),
-            "exclude": tuple(_checked_pattern(p, "exclude", who) for p in several(exclude, "exclude", who)),
+            "exclude": tuple(_checked_pattern(p, "exclude", who) for p in several(exclude)),
             "where": where,
             "on": on,
             "optional": optional,

@@ -185,6 +185,8 @@ class StrengthScheduler:
     """
 
     def __init__(self, gm: nn.Module, schedules: Mapping[str, Schedule]) -> None:
+        if not isinstance(schedules, Mapping):
+            raise RuleError(f"schedules must be a mapping of labels to functions of the step, got {schedules!r}.")
         for label, schedule in schedules.items():
             if not callable(schedule):
                 raise RuleError(f"the schedule of {label!r} must be a function of the step, got {schedule!r}.")
@@ -217,9 +219,9 @@ class StrengthScheduler:
         Raises:
             RuleError: a state of other labels, or none of this kind; nothing is changed then.
         """
-        initial, last = state.get("initial"), state.get("last_step")
+        initial, last = (state.get(key) if isinstance(state, Mapping) else None for key in ("initial", "last_step"))
         if not isinstance(initial, Mapping) or type(last) is not int or last < 0:
-            raise RuleError(f"expected what StrengthScheduler.state_dict returned, got {dict(state)!r}.")
+            raise RuleError(f"expected what StrengthScheduler.state_dict returned, got {state!r}.")
         if initial.keys() != self._schedules.keys():
             raise RuleError(f"the state is of a scheduler of {[*initial]}, and this one is of {[*self._schedules]}.")
         before = self._initial

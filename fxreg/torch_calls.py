@@ -1,5 +1,7 @@
 """Torch functions, methods and properties, as a recorder meets them: what each is to a graph."""
 
+import contextlib
+import functools
 import operator
 import sys
 import types
@@ -188,16 +190,31 @@ _SPELLED = {"truediv": "div", "__rdiv__": "div", "mod": "remainder"}
 
 
 def is_call_of(op: Any, kind: str, target: Any) -> bool:
-    """Whether a node of that kind and target calls a function or method, or one of that name."""
+    """Whether a node of that kind and target calls a function or method, or one of that name: `"gelu"`, or the dotted
+    name by which Python finds it, whatever it calls itself."""
     if kind not in ("call_function", "call_method"):
         return False
     full = call_name(kind, target)
     name = full.rpartition(".")[2]
     if isinstance(op, str):
-        return _SPELLED.get(name, name) == _SPELLED.get(op, op) or ("." in op and f".{full}".endswith(f".{op}"))
+        if _SPELLED.get(name, name) == _SPELLED.get(op, op) or ("." in op and f".{full}".endswith(f".{op}")):
+            return True
+        op = _named(op)
+        if op is None:
+            return False
     if kind == "call_function":
         return target is op
     return getattr(Tensor, name, None) is op
+
+
+@functools.cache
+def _named(dotted: str) -> Any:
+    """What a dotted name says in torch: `"torch.nn.functional.gelu"`, or `"functional.gelu"`; None if nothing."""
+    path = operator.attrgetter(dotted.removeprefix("torch."))
+    for root in (torch, nn) if "." in dotted else ():
+        with contextlib.suppress(AttributeError):
+            return path(root)
+    return None
 
 
 def call_name(kind: str, target: Any) -> str:

@@ -420,6 +420,20 @@ def test_calls_of_functions_are_penalized_by_name_or_identity(case: str, example
     torch.testing.assert_close(fxreg.penalties(gm, x)["l2"], sum(terms).detach())
 
 
+@pytest.mark.parametrize("op", ["torch.nn.functional.gelu", "functional.gelu", "torch._C._nn.gelu"])
+def test_a_dotted_name_is_the_one_by_which_python_finds_the_function(op: str) -> None:
+    class Gelu(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.gelu(x.sigmoid())  # which calls itself torch._C._nn.gelu
+
+    x = torch.randn(2, 3)
+    gm = fxreg.transform(Gelu(), fxreg.Rule(fxreg.l1(0.5), op=op, on="output"))
+    torch.testing.assert_close(fxreg.penalties(gm, x)["l1"], 0.5 * F.gelu(x.sigmoid()).abs().sum())
+    for other in ("torch.gelu", "torch.sigmoid", "gelu.functional"):
+        with pytest.raises(fxreg.MatchError, match=f"no call of {other}; nearest calls"):
+            fxreg.transform(Gelu(), fxreg.Rule(fxreg.l1(0.5), op=other, on="output"))
+
+
 @pytest.mark.parametrize("examples", [False, True], ids=["", "verified"])
 @pytest.mark.parametrize("op", ["div", "truediv", "remainder", "mod"])
 def test_operators_are_one_by_either_name(op: str, examples: bool) -> None:

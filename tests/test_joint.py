@@ -283,8 +283,25 @@ def test_the_plan_and_the_code_say_that_they_act_together() -> None:
     assert all("jointly with the others of its rule" in row for row in rows)
     gm = fxreg.transform(model, rule)
     assert str(gm.code).count("torch.ops.fxreg.clip_global_norm") == 1
-    assert fxreg.diff(gm).count("# rule 'all'") > len(rows)
+    lines = [line for line in fxreg.diff(gm).splitlines() if line.startswith("+ ")]
+    inserted = [line for line in lines if "return" not in line and "torch.tanh" not in line]
+    assert len(inserted) > len(rows)
+    assert all(line.endswith("  # rule 'all'") for line in inserted)
     assert fxreg.strip(gm).code == fxreg.transform(model, []).code
+
+
+def test_a_line_for_several_rules_says_which() -> None:
+    model, _ = build()
+    rules = [
+        fxreg.Rule(fxreg.l1(0.1), name="first"),
+        fxreg.Rule(fxreg.scale(0.5)),
+        fxreg.Rule(fxreg.l2(0.1), name="first"),
+    ]
+    lines = fxreg.diff(fxreg.transform(model, rules)).splitlines()
+    (scale,) = (line for line in lines if "self.fxreg.loss_scale" in line)
+    assert scale.endswith("  # rules 'l1', 'scale', 'l2'")
+    (attach,) = (line for line in lines if line.lstrip("+ ").startswith("attach = "))
+    assert attach.endswith("  # rules 'l1', 'l2'")
 
 
 def test_verify_rejects_a_graph_in_which_one_parameter_goes_past_the_transform() -> None:

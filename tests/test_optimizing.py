@@ -312,6 +312,11 @@ def test_param_groups_changes_nothing() -> None:
     assert attributes == {path: set(vars(module)) for path, module in model.named_modules()}
 
 
+def test_the_model_is_a_module() -> None:
+    with pytest.raises(fxreg.RuleError, match=r"param_groups: model must be an nn\.Module .*, got None"):
+        fxreg.param_groups(None, [])  # type: ignore[arg-type]
+
+
 def test_a_rule_that_matches_nothing_is_an_error_here_too() -> None:
     with pytest.raises(fxreg.MatchError, match="matched no parameter"):
         fxreg.param_groups(make(), fxreg.Rule(fxreg.l2(0.1), name="nowhere", via="optimizer"))

@@ -408,6 +408,23 @@ def test_a_rule_that_matches_nothing_says_so_with_the_nearest_names_and_both_rem
     assert "dim=" not in message.partition("matched")[0], "the conditions are quoted, not the effect's own arguments"
 
 
+def test_a_layer_that_is_not_there_is_answered_with_layers_and_with_the_names_that_were_given() -> None:
+    for layer in ("Conv2d", nn.Conv2d, ("Conv1d", nn.Conv2d)):
+        message = refused(fxreg.Rule(fxreg.l1(0.1), layer=layer))
+        assert "nearest layers: '" in message
+        assert "'Linear'" in message
+        assert "nearest parameters" not in message
+    assert "nearest modules: 'encoder" in refused(fxreg.Rule(fxreg.l1(0.1), layer="Conv2d", name="encodr"))
+    assert "nearest layers" not in refused(fxreg.Rule(fxreg.l1(0.1), layer="Linear", name="encodr"))
+
+
+def test_what_is_not_even_several_is_answered_with_what_there_may_be() -> None:
+    with pytest.raises(fxreg.RuleError, match=r"layer must be nn\.Module classes or class names, got 3"):
+        fxreg.Rule(fxreg.l1(0.1), layer=3)  # type: ignore[arg-type]
+    with pytest.raises(fxreg.RuleError, match="exclude must be a glob or a compiled pattern of str, got None"):
+        fxreg.Rule(fxreg.l1(0.1), exclude=None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("keys", [{"name": "encoder.0.weight"}, {"param": "encoder.0.weight"}, {"name": "enc*.weight"}])
 def test_a_full_name_in_one_key_is_divided_in_two(keys: dict[str, str]) -> None:
     assert "as in name='encoder.0', param='weight'" in refused(fxreg.Rule(fxreg.l1(0.1), **keys))

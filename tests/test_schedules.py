@@ -169,13 +169,16 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         fxreg.StrengthScheduler(gm, {"l1": linear(2), "l3": linear(2)})
     with pytest.raises(fxreg.RuleError, match="must be a function"):
         fxreg.StrengthScheduler(gm, {"l1": 0.5})  # type: ignore[dict-item]
+    for odd in (None, lambda t: 0.5, [("l1", linear(2))]):
+        with pytest.raises(fxreg.RuleError, match="must be a mapping of labels"):
+            fxreg.StrengthScheduler(gm, odd)  # type: ignore[arg-type]
     with pytest.raises(fxreg.FxregError, match="expected a module"):
         fxreg.StrengthScheduler(nn.Linear(2, 2), {})
     assert now(gm)["l1"] == 0.3
     scheduler = fxreg.StrengthScheduler(gm, {"l1": linear(2, 1.0, 0.0)})
     scheduler.step()
-    states: list[dict[str, Any]] = [
-        {}, {"last_step": -1, "initial": {"l1": 0.1}}, {"last_step": 1, "initial": {"l2": 0.1}},
+    states: list[Any] = [
+        None, {}, {"last_step": -1, "initial": {"l1": 0.1}}, {"last_step": 1, "initial": {"l2": 0.1}},
         {"last_step": 1, "initial": {"l1": -1.0}}, {"last_step": 1.0, "initial": {"l1": 0.1}},
     ]  # fmt: skip
     for state in states:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 from typing import Any
@@ -245,6 +246,12 @@ def test_what_fxreg_remembers_is_saved_apart_and_resumes_exactly() -> None:
         fxreg.load_state_dict(other, saved)
     with pytest.raises(fxreg.FxregError, match="shape"):
         fxreg.load_state_dict(other, {**before, "strengths.l1": torch.ones(2)})
+    for bad in (math.nan, -0.1, math.inf):
+        for name in ("strengths.l1", "loss_scale"):
+            with pytest.raises(fxreg.RuleError, match=rf"'{name}': a strength is finite and not negative"):
+                fxreg.load_state_dict(other, {**before, name: torch.tensor([bad])})
+    with pytest.raises(fxreg.FxregError, match="'loss_scale' is a finite positive number"):
+        fxreg.load_state_dict(other, {**before, "loss_scale": torch.zeros(1)})
     for odd in (None, [], {**before, "strengths.l1": 0.1}):
         with pytest.raises(fxreg.FxregError, match="a mapping of names to tensors"):
             fxreg.load_state_dict(other, odd)  # type: ignore[arg-type]
