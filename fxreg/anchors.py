@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .arguments import Anchor
 from .decorating import penalty
+from .formulas import gives_new
 
 
 @penalty
@@ -47,6 +48,7 @@ def l2_sp(weight: Tensor, *, anchor: Anchor = None) -> Tensor:
 
 
 @l2_sp.gradient
+@gives_new
 def _(weight: Tensor, *, anchor: Anchor = None) -> Tensor:
     distance: Tensor = weight - anchor
     return 2 * distance
@@ -94,6 +96,7 @@ def ewc(weight: Tensor, *, fisher: Anchor, anchor: Anchor = None) -> Tensor:
 
 
 @ewc.gradient
+@gives_new
 def _(weight: Tensor, *, fisher: Anchor, anchor: Anchor = None) -> Tensor:
     slope: Tensor = 2 * fisher * (weight - anchor)
     return slope

@@ -16,7 +16,7 @@ from . import operators
 from .arguments import Argument, ByName, are_equal, checked_strength, coerced, read_arguments, schema, signature
 from .errors import RuleError
 from .fingerprints import Fingerprint
-from .formulas import Fitting, GradientFormula, PenaltyFormula, ProximalFormula, as_given
+from .formulas import GradientFormula, PenaltyFormula, ProximalFormula, as_given, misfit
 
 Via: TypeAlias = Literal["penalty", "gradient", "optimizer", "proximal"]
 P = ParamSpec("P")
@@ -222,10 +222,6 @@ def _anchors(parameters: Iterable[Argument]) -> tuple[str, ...]:
     return tuple(a.name for a in parameters if a.schema == "anchor")
 
 
-def _named(names: tuple[str, ...], tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(names, tensors, strict=True))
-
-
 def _registered(name: str, fingerprint: str) -> Definition[Any]:
     found = registry.get(name)
     if found is not None:
@@ -321,17 +317,21 @@ class Penalty(Definition[P]):
             arguments = as_given(arguments)
             if not value and formula.closed_form is not None:
                 return operators.deferred(seeded, arguments, weight, *tensors)
-            with Fitting(own_name, weight):
-                return formula.value(weight, _named(names, tensors), arguments)
+            try:
+                return formula.value(weight, dict(zip(names, tensors, strict=True)), arguments)
+            except (IndexError, ValueError) as error:
+                raise misfit(own_name, weight, error) from error
 
         def seeded(seed: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
-            with Fitting(own_name, weight):
-                return formula.gradient(seed, weight, _named(names, tensors), arguments)
+            try:
+                return formula.gradient(seed, weight, dict(zip(names, tensors, strict=True)), arguments)
+            except (IndexError, ValueError) as error:
+                raise misfit(own_name, weight, error) from error
 
         def pull(grad: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
             scale, *strengths = tensors
             seed = operators.scalar(scale).to(grad)
-            return formula.added(grad, seed, weight, _named(names, strengths), arguments)
+            return formula.added(grad, seed, weight, dict(zip(names, strengths, strict=True)), arguments)
 
         self.operator = operators.define(
             self.name, self.fingerprint, self.schema("Tensor weight", tail="bool value=True"), value
@@ -383,7 +383,7 @@ class Gradient(Definition[P]):
 
         def pull(grad: Tensor, weight: Tensor, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Tensor:
             scale, *live = tensors
-            return formula.transform(grad, weight, scale, _named(names, live), arguments)
+            return formula.transform(grad, weight, scale, dict(zip(names, live, strict=True)), arguments)
 
         def gradient(weight: Tensor, *tensors: Tensor, **arguments: Any) -> Tensor:
             if stream_at is not None:

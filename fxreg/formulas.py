@@ -4,32 +4,31 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 from torch._guards import TracingContext  # private: what is being compiled
 
 from . import operators
 from .errors import RuleError
 from .norms import whole
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-class Fitting:
-    """A context in which a formula meets a tensor whose shape nobody could know before."""
 
-    def __init__(self, effect: str, met: Tensor) -> None:
-        self.effect, self.met = effect, met
+def gives_new(function: F) -> F:
+    """Say of a closed form that it returns a tensor of its own, into which may be written."""
+    function.gives_new = True  # type: ignore[attr-defined]
+    return function
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, IndexError | ValueError):
-            raise RuleError(
-                f"{self.effect} does not fit a tensor of shape {tuple(self.met.shape)}: {error}. Mend its arguments, "
-                "or narrow the rule."
-            ) from error
+def misfit(effect: str, met: Tensor, error: Exception) -> RuleError:
+    """What to raise where a formula meets a tensor whose shape nobody could know before."""
+    return RuleError(
+        f"{effect} does not fit a tensor of shape {tuple(met.shape)}: {error}. Mend its arguments, or narrow the rule."
+    )
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,21 @@ class PenaltyFormula:
         """seed · s · dR/dw from the closed form."""
         factor, found = self._parts(self.closed_form, weight, seed, strengths, arguments)
         assert factor is not None
+        if type(weight) is Tensor and self._is_owned(found):
+            return found.mul_(factor)
         found = operators.cast(factor * found, weight.dtype)
+        if type(weight) is Tensor:
+            return found
         placements = getattr(weight, "placements", None)
         if placements is not None and placements != getattr(found, "placements", None):
             sharded: Any = found  # another way than the weight, whose gradient is expected its way
             found = sharded.redistribute(placements=placements)
         return found
+
+    def _is_owned(self, found: Tensor) -> bool:
+        """Whether what the closed form gave may be written into, which in eager mode saves a new tensor a site."""
+        owned = getattr(self.closed_form, "gives_new", False) and type(found) is Tensor and not torch.is_grad_enabled()
+        return owned and not _are_functorch_transforms_active()
 
     def added(
         self,
@@ -79,7 +87,7 @@ class PenaltyFormula:
         if type(grad) is type(weight) is Tensor:  # nothing is traced: in one pass, without a tensor for the product
             factor, found = self._parts(self.closed_form, weight, seed, strengths, arguments)
             assert factor is not None
-            return grad.addcmul(found, factor.to(grad))
+            return torch.addcmul(grad, found, factor.to(grad), out=found if self._is_owned(found) else None)
         # Subtracting the negative: Inductor turns `mm + r` into addmm, which writes r and reads it back.
         return grad - self.gradient(-seed, weight, strengths, arguments)
 
@@ -96,11 +104,12 @@ class PenaltyFormula:
         Strengths stay in float64 and only the product is cast: float32(1e-4) is off by 2.5e-8.
         """
         assert function is not None
-        live = {name: operators.scalar(strength).to(weight.device) for name, strength in strengths.items()}
+        device = weight.device
+        live = {name: operators.scalar_on(device, strength) for name, strength in strengths.items()}
         factor = live.pop("strength") if self.implicit else None
         if seed is not None:
             factor = seed if factor is None else _kept(seed * factor)
-        with operators.without_autocast(weight.device):
+        with operators.without_autocast(device):
             return factor, function(weight, **live, **_beside(weight, arguments, self.anchors))
 
 

@@ -138,6 +138,12 @@ def scalar(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 0 else tensor.reshape(())
 
 
+def scalar_on(device: torch.device, tensor: Tensor) -> Tensor:
+    """The same on a device."""
+    tensor = scalar(tensor)
+    return tensor if tensor.device == device else tensor.to(device)
+
+
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The same numbers in `dtype`."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .arguments import Strength
 from .decorating import OptimizerOption, own_strengths, penalty
+from .formulas import gives_new
 
 
 @penalty
@@ -37,6 +38,7 @@ def l1(weight: Tensor) -> Tensor:
 
 
 @l1.gradient
+@gives_new
 def _(weight: Tensor) -> Tensor:
     return weight.sign()
 
@@ -73,6 +75,7 @@ def l2(weight: Tensor) -> Tensor:
 
 
 @l2.gradient
+@gives_new
 def _(weight: Tensor) -> Tensor:
     return 2 * weight
 
@@ -107,6 +110,7 @@ def elastic_net(weight: Tensor, *, l1: Strength, l2: Strength) -> Tensor:
 
 
 @elastic_net.gradient
+@gives_new
 def _(weight: Tensor, *, l1: Tensor, l2: Tensor) -> Tensor:
     return l1 * weight.sign() + 2 * l2 * weight
 

@@ -788,6 +788,45 @@ def test_a_closed_form_opens_the_way_through_the_gradient() -> None:
         torch.testing.assert_close(gradient_from(registry_opening(0.5), via=via), wanted)
 
 
+@pytest.mark.parametrize("via", ["penalty", "gradient"])
+def test_what_a_closed_form_returns_is_written_into_only_where_it_says_so(via: Any) -> None:
+    @fxreg.penalty
+    def half_of_squares(weight: Tensor) -> Tensor:
+        return weight.square().sum() / 2
+
+    @half_of_squares.gradient
+    def _(weight: Tensor) -> Tensor:
+        return weight  # which is the model's
+
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    gm = fxreg.transform(model, fxreg.Rule(half_of_squares(0.5), param="weight", via=via))
+    gm(torch.zeros(1, 3)).sum().backward()
+    assert torch.equal(model.weight, before)
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad, before / 2)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 4)])
+def test_closed_forms_that_say_so_return_a_tensor_of_their_own(shape: tuple[int, ...]) -> None:
+    weight, other, number = torch.randn(shape), torch.randn(shape), torch.tensor(1.0)
+    given: dict[str, dict[str, Tensor]] = {
+        "l1": {},
+        "l2": {},
+        "elastic_net": {"l1": number, "l2": number},
+        "l2_sp": {"anchor": other},
+        "ewc": {"anchor": other, "fisher": other},
+    }
+    forms = {name: getattr(getattr(one, "formula", None), "closed_form", None) for name, one in BUILT_IN.items()}
+    assert given.keys() == {name for name, form in forms.items() if hasattr(form, "gives_new")}
+    for name, arguments in given.items():
+        form: Any = forms[name]
+        found = form(weight, **arguments)
+        assert found.shape == weight.shape
+        assert found.is_contiguous()
+        assert not found.numel() or found.data_ptr() not in {one.data_ptr() for one in (weight, other, number)}
+
+
 def test_where_there_is_a_closed_form_nobody_computes_a_value_that_nobody_asked_for() -> None:
     calls = []
 
