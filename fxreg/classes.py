@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from .errors import RuleError
-from .kinds import Kind
+from .kinds import Kind, qualified
 
 Layer: TypeAlias = type[nn.Module] | str
 
@@ -39,8 +39,7 @@ def several(value: object) -> Sequence[Any]:
 
 def class_name(cls: type[nn.Module]) -> str | None:
     """The name that says one of torch's own classes, and no other."""
-    full = f"{cls.__module__}.{cls.__qualname__}"
-    names = (f"nn.{cls.__name__}", f"nn.{full.removeprefix('torch.nn.')}")
+    names = (f"nn.{cls.__name__}", f"nn.{qualified(cls).removeprefix('torch.nn.')}")
     return next((name for name in names if _torch_class(name) is cls), None)
 
 
@@ -71,7 +70,7 @@ def _is_instance(cls: type, layer: Layer) -> bool:
 
 def _is_named(cls: type, name: str) -> bool:
     """Whether `name` is a dotted suffix of the class's qualified name; `nn.` means `torch.nn.`."""
-    return cls is _torch_class(name) or _ends(f"{cls.__module__}.{cls.__qualname__}", name)
+    return cls is _torch_class(name) or _ends(qualified(cls), name)
 
 
 def _ends(qualified: str, name: str) -> bool:

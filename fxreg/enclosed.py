@@ -70,10 +70,11 @@ class Names(NamedTuple):
 _READS = ("LOAD_GLOBAL", "LOAD_NAME")
 _MENTIONS = ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM")
 _REBINDS = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
-_PUTS = {
+PUTS = {
     "append", "appendleft", "add", "update", "setdefault", "pop", "popitem", "extend", "clear", "insert", "remove",
     "discard",
 }  # fmt: skip
+"""Methods that change what a container holds."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,7 +93,7 @@ def names_in_code(code: types.CodeType) -> Names:
                 read[argument] = None
             elif name in _MENTIONS:
                 attributes[argument] = None
-                if argument in _PUTS and where in begins and begins[where] == instructions[at - 1].argval:
+                if argument in PUTS and where in begins and begins[where] == instructions[at - 1].argval:
                     filled.add(begins[where])
             elif name == "IMPORT_NAME":
                 imported[argument, instructions[at - 2].argval] = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .enclosed import enclosed, entries, slotted
+from .kinds import qualified
 from .packages import is_library
 
 SCALARS = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size)
@@ -38,7 +39,7 @@ def _frozen(value: Any, around: tuple[int, ...]) -> Any:
     if isinstance(value, NAMED):
         return _by_name(value)
     if isinstance(value, Tensor | nn.Module | fx.Graph):
-        return ("a", _name(kind))
+        return ("a", qualified(kind))
     around = (*around, id(value))
 
     def each(values: Any) -> tuple[Any, ...]:
@@ -47,7 +48,7 @@ def _frozen(value: Any, around: tuple[int, ...]) -> Any:
     numpy = sys.modules.get("numpy")
     match value:
         case enum.Enum():
-            return (_name(kind), value.name)
+            return (qualified(kind), value.name)
         case types.FunctionType() if is_library(value.__module__) and _is_in_its_module(value):
             return _by_name(value)
         case types.FunctionType():
@@ -60,7 +61,7 @@ def _frozen(value: Any, around: tuple[int, ...]) -> Any:
         case functools.partial():
             return ("partial", *each((value.func, value.args, value.keywords)))
         case ContextVar():
-            return (_name(kind), each((value.get(None),)))
+            return (qualified(kind), each((value.get(None),)))
         case weakref.ref():
             return ("weakref", each((value(),)))
         case list() | tuple() | deque():
@@ -71,13 +72,13 @@ def _frozen(value: Any, around: tuple[int, ...]) -> Any:
         case Set():
             parts = tuple(sorted(each(value), key=repr))
         case _ if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
-            return (_name(kind), str(value.dtype), value.shape, value.tobytes())
+            return (qualified(kind), str(value.dtype), value.shape, value.tobytes())
         case _:
             parts = ()
     own = getattr(value, "__dict__", None)
     kept = {**slotted(value), **(own if type(own) is dict else {})}
     attributes = tuple((name, _frozen(one, around)) for name, one in kept.items())
-    return (_name(kind), parts, attributes) if attributes or not parts else (_name(kind), parts)
+    return (qualified(kind), parts, attributes) if attributes or not parts else (qualified(kind), parts)
 
 
 def _by_name(value: Any) -> tuple[str | None, ...]:
@@ -86,7 +87,3 @@ def _by_name(value: Any) -> tuple[str | None, ...]:
 
 def _is_in_its_module(function: types.FunctionType) -> bool:
     return getattr(sys.modules.get(function.__module__), function.__name__, None) is function
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.fx.node import _get_qualified_name, map_aggregate, map_arg  # private: the names fx itself writes into code
 
 from .errors import FxregError
-from .kinds import kind_name
+from .kinds import qualified
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _kept(meta: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {key: meta[key] for key in ("is_wrapped", "fxreg") if key in meta}
     if "nn_module_stack" in meta:
         kept["nn_module_stack"] = {
-            key: (path, kind_name(kind)) for key, (path, kind) in meta["nn_module_stack"].items()
+            key: (path, qualified(kind)) for key, (path, kind) in meta["nn_module_stack"].items()
         }
     return kept
 

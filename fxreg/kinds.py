@@ -66,8 +66,8 @@ def graph_kinds(graph: fx.Graph) -> dict[str, Kind]:
     return {path: _recorded(kind, live) for path, kind in found.items()}
 
 
-def kind_name(kind: type | str) -> str:
-    """The qualified name of a module's class, as a graph records it."""
+def qualified(kind: type | str) -> str:
+    """The qualified name of a class; a graph may record just that."""
     return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -116,7 +116,7 @@ def _live_classes() -> dict[str, tuple[type, ...]]:
     waiting, seen = [nn.Module], {nn.Module}
     while waiting:
         cls = waiting.pop()
-        name = f"{cls.__module__}.{cls.__qualname__}"
+        name = qualified(cls)
         found[name] = (*found.get(name, ()), cls)
         fresh = [one for one in cls.__subclasses__() if one not in seen]
         seen.update(fresh)

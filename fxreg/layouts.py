@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .kinds import qualified
 from .rules import Rule
 
 
@@ -34,10 +35,6 @@ def layout_of(model: nn.Module) -> Layout:
                 name = f"{path}.{key}" if path else key
                 parameters[name] = (names.setdefault(id(parameter), name), parameter.shape)
     return Layout(modules, parameters)
-
-
-def qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class Glance:

@@ -18,7 +18,7 @@ from .invariance import Invariant, find_invariant
 from .lints import NORMS, Lint, named
 from .matching import match
 from .module import RegularizedModule, State, original, state_of
-from .planning import LeaveToCompanion, Penalize, PenalizeActivation, PenalizeFunction, Plan, PullBack, plan
+from .planning import LeaveToCompanion, OnParameter, Plan, plan
 from .regularizers import elastic_net, l2
 
 
@@ -83,7 +83,7 @@ def lint_emitted(state: State) -> tuple[Lint, ...]:
 
 def _unreached(planned: Plan, ids: Mapping[str, int], seen: AbstractSet[int]) -> Iterator[Lint]:
     """Penalties on parameters that get no gradient from any output."""
-    edits = [edit for edit in _on_parameters(planned) if edit.trainable and ids.get(edit.site) not in seen]
+    edits = [edit for edit in planned.on_parameters if edit.trainable and ids.get(edit.site) not in seen]
     for label, sites in _by_label(e for e in edits if isinstance(e.effect.definition, Penalty | OptimizerOption)):
         yield Lint(
             "unreached",
@@ -96,7 +96,7 @@ def _unreached(planned: Plan, ids: Mapping[str, int], seen: AbstractSet[int]) ->
 
 def _scale_invariant(planned: Plan, ids: Mapping[str, int], invariant: Mapping[int, Invariant]) -> Iterator[Lint]:
     """Norms of weights whose scale a normalization takes out."""
-    edits = [edit for edit in _on_parameters(planned) if edit.effect.definition in NORMS and edit.trainable]
+    edits = [edit for edit in planned.on_parameters if edit.effect.definition in NORMS and edit.trainable]
     penalized = {ids.get(edit.site, 0) for edit in edits}
     scaled = [e for e in edits if (one := invariant.get(ids.get(e.site, 0))) and one.biases <= penalized]
     for label, sites in _by_label(scaled):
@@ -117,7 +117,7 @@ def _lint_decays(model: nn.Module, planned: Plan, optimizer: torch.optim.Optimiz
     """Decay by an optimizer beside a rule that does the same, or beside rules that say which decay there is to be."""
     decays = {id(p): float(g.get("weight_decay") or 0) for g in optimizer.param_groups for p in g["params"]}
     decay = {name: decays.get(id(parameter), 0.0) for name, parameter in model.named_parameters()}
-    edits = [edit for edit in _on_parameters(planned) if not edit.condition]
+    edits = [edit for edit in planned.on_parameters if not edit.condition]
     asked = {edit.site: edit.label for edit in edits if isinstance(edit, LeaveToCompanion) and edit.via == "optimizer"}
     who = type(optimizer).__name__
     twice = [edit for edit in edits if decay[edit.site] and _decays(edit)]
@@ -145,7 +145,7 @@ def _lint_decays(model: nn.Module, planned: Plan, optimizer: torch.optim.Optimiz
         )
 
 
-def _decays(edit: Penalize | PullBack | LeaveToCompanion) -> bool:
+def _decays(edit: OnParameter) -> bool:
     """Whether an edit is a penalty that shrinks as weight decay does, beside the optimizer."""
     if isinstance(edit, LeaveToCompanion):
         return False
@@ -153,11 +153,7 @@ def _decays(edit: Penalize | PullBack | LeaveToCompanion) -> bool:
     return effect.definition is l2 or (effect.definition is elastic_net and effect.strengths["l2"] > 0)
 
 
-def _on_parameters(planned: Plan) -> list[Penalize | PullBack | LeaveToCompanion]:
-    return [edit for edit in planned.edits if not isinstance(edit, PenalizeActivation | PenalizeFunction)]
-
-
-def _by_label(edits: Iterable[Penalize | PullBack | LeaveToCompanion]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _by_label(edits: Iterable[OnParameter]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The label of every rule, and the sites of its edits."""
     found: dict[str, list[str]] = {}
     for edit in edits:

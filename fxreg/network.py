@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name  # private: the names fx itself writes into code
 
 from .flows import read_value
-from .kinds import kind_name
+from .kinds import qualified
 from .module import emitted, state_of
 
 
@@ -74,7 +74,7 @@ def _data(node: fx.Node, model: nn.Module, first: Mapping[int, str], labels: Map
         "op": node.op,
         "target": _get_qualified_name(node.target) if callable(node.target) else str(node.target),
         "module": module,
-        "layer": None if layer is None else kind_name(layer),
+        "layer": None if layer is None else qualified(layer),
         "label": labels.get(node.name),
         "parameter": first.get(id(value)) if isinstance(value, Tensor) else None,
     }

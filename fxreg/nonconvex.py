@@ -31,7 +31,7 @@ def lp(weight: Tensor, *, p: float = 0.5) -> Tensor:
 
     Source: Frank and Friedman (1993), "A statistical view of some chemometrics regression tools".
     """
-    _check_positive(p=p)
+    _check_above(0, p=p)
     size, is_zero = _size(weight)
     return torch.where(is_zero, 0.0, size.pow(p)).sum()
 
@@ -63,7 +63,7 @@ def smooth_l1(weight: Tensor, *, beta: float = 1.0) -> Tensor:
 
     Source: Huber (1964), "Robust estimation of a location parameter"; Girshick (2015), "Fast R-CNN".
     """
-    _check_positive(beta=beta)
+    _check_above(0, beta=beta)
     size = weight.abs()
     return torch.where(size < beta, weight.square() / (2 * beta), size - beta / 2).sum()
 
@@ -97,7 +97,7 @@ def log_sum(weight: Tensor, *, eps: float = 1e-2) -> Tensor:
 
     Source: Candès, Wakin and Boyd (2008), "Enhancing sparsity by reweighted l1 minimization".
     """
-    _check_positive(eps=eps)
+    _check_above(0, eps=eps)
     return (weight.abs() / eps).log1p().sum()
 
 
@@ -132,7 +132,7 @@ def scad(weight: Tensor, *, strength: Strength, a: float = 3.7) -> Tensor:
 
     Source: Fan and Li (2001), "Variable selection via nonconcave penalized likelihood", eq. 2.7 (the derivative).
     """
-    _check_positive(a=a - 1)
+    _check_above(1, a=a)
     size = weight.abs()
     parabola = (2 * a * strength * size - size.square() - strength * strength) / (2 * (a - 1))
     beyond = torch.where(size <= a * strength, parabola, strength * strength * (a + 1) / 2)
@@ -180,7 +180,7 @@ def mcp(weight: Tensor, *, strength: Strength, gamma: float = 3.0) -> Tensor:
 
     Source: Zhang (2010), "Nearly unbiased variable selection under minimax concave penalty".
     """
-    _check_positive(gamma=gamma)
+    _check_above(0, gamma=gamma)
     size = weight.abs()
     inside = strength * size - size.square() / (2 * gamma)
     return torch.where(size <= gamma * strength, inside, gamma * strength * strength / 2).sum()
@@ -220,7 +220,7 @@ def hoyer(weight: Tensor, *, eps: float = 1e-8) -> Tensor:
 
     Source: Hoyer (2004), "Non-negative matrix factorization with sparseness constraints".
     """
-    _check_positive(eps=eps)
+    _check_above(0, eps=eps)
     return weight.abs().sum() / (norm(weight) + eps)
 
 
@@ -275,7 +275,7 @@ def _shares(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return share, torch.where(share > 0, share, 1.0).log(), total
 
 
-def _check_positive(**arguments: float) -> None:
+def _check_above(bound: int, **arguments: float) -> None:
     for name, value in arguments.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be greater than {1 if name == 'a' else 0}")
+        if not value > bound:
+            raise ValueError(f"{name} must be greater than {bound}")

@@ -92,7 +92,8 @@ class PenalizeFunction:
 
 OnForward: TypeAlias = PenalizeActivation | PenalizeFunction
 """What is about a forward call, and not about parameters."""
-Edit: TypeAlias = Penalize | OnForward | PullBack | LeaveToCompanion
+OnParameter: TypeAlias = Penalize | PullBack | LeaveToCompanion
+Edit: TypeAlias = OnForward | OnParameter
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,13 @@ class Plan:
         return (*self.activations, *self.functions)
 
     @property
+    def on_parameters(self) -> tuple[OnParameter, ...]:
+        return tuple(edit for edit in self.edits if isinstance(edit, OnParameter))
+
+    @property
     def is_open(self) -> bool:
         """Whether some edits are carried out only if their layers have a position in the graph."""
-        return any(isinstance(edit, _AtSite) and bool(edit.condition) for edit in self.edits)
+        return any(edit.condition for edit in self.on_parameters)
 
     @property
     def frozen(self) -> tuple[str, ...]:

@@ -4,18 +4,19 @@ Before each call the layout of the model is looked at. Where it changed the rule
 do now is compared with what the graph does. Compiled code has the same look as a guard.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from .errors import CaptureError
-from .layouts import Glance, Layout, Meaning, layout_of, qualified
+from .kinds import qualified
+from .layouts import Glance, Layout, Meaning, layout_of
 from .matching import select
 from .module import CHILD, RegularizedModule, State, state_of
 from .operators import not_traced
-from .planning import LeaveToCompanion, Penalize, Plan, PullBack, plan
+from .planning import OnParameter, Plan, PullBack, plan
 from .resolving import narrow
 from .rules import Rule
 from .staleness import other_property, properties_in
@@ -92,8 +93,6 @@ def _MEANING(builder: Any, guard: Any) -> None:  # noqa: N802  as Dynamo names w
 
 # What is different.
 
-_OnParameter = Penalize | PullBack | LeaveToCompanion
-
 
 def _roots(gm: nn.Module, state: State) -> list[nn.Module]:
     """All the modules that are emitted, each with a dictionary of children of its own."""
@@ -168,12 +167,12 @@ def _difference_of(state: State, planned: Plan, then: _Then) -> str | None:
         return f"rule {label!r} is not on the same activations any more, the {site} among them"
     parameters = dict(state.model.named_parameters(remove_duplicate=False))
     done, means = {}, {}
-    for edit in _on_parameters(was):
+    for edit in was.on_parameters:
         parameter = parameters.get(edit.site)
         if (edit.label, id(parameter)) in done:
             return f"{then.what_became_of(edit.site)}, and rule {edit.label!r} acts there"
         done[edit.label, id(parameter)] = edit
-    for edit in _on_parameters(planned):
+    for edit in planned.on_parameters:
         means[edit.label, id(parameters[edit.site])] = edit
         problem = _problem(edit, then)
         if problem or (edit.label, id(parameters[edit.site])) not in done:
@@ -187,7 +186,7 @@ def _difference_of(state: State, planned: Plan, then: _Then) -> str | None:
     return None
 
 
-def _problem(edit: _OnParameter, then: _Then) -> str | None:
+def _problem(edit: OnParameter, then: _Then) -> str | None:
     """Why an effect would not fit a parameter of another shape."""
     shape = then.now.parameters[edit.site][1]
     _, before = then.before.parameters.get(edit.site, (None, shape))
@@ -195,10 +194,6 @@ def _problem(edit: _OnParameter, then: _Then) -> str | None:
     if shape == before or not (definition.anchors or definition.misfit(edit.effect, shape, edit.dtype)):
         return None
     return then.what_became_of(edit.site)
-
-
-def _on_parameters(planned: Plan) -> Iterator[_OnParameter]:
-    return (edit for edit in planned.edits if isinstance(edit, _OnParameter))
 
 
 def _any_difference(model: nn.Module, before: Layout, now: Layout) -> str | None:

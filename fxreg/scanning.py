@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .ambient import ambient, kept_answer
-from .enclosed import codes_in, defaults, enclosed, slots
+from .enclosed import PUTS, codes_in, defaults, enclosed, slots
 from .hearing import untold
 from .packages import is_library
 
@@ -70,10 +70,7 @@ _ASKS = {
     "ThreadPoolExecutor": "starts a thread",
 }
 _MUTABLE = (list, dict, set)
-_CHANGING = {
-    "append", "appendleft", "add", "update", "setdefault", "pop", "popitem", "extend", "clear", "insert", "remove",
-    "discard", "__setitem__", "setattr", "put",
-}  # fmt: skip
+_CHANGING = PUTS | {"__setitem__", "setattr", "put"}
 
 
 _Result = TypeVar("_Result")

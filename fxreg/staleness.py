@@ -18,6 +18,7 @@ from .errors import CaptureError
 from .freezing import frozen
 from .guarding import is_as_frozen
 from .hearing import has_own_forward, untold
+from .kinds import qualified
 from .outside import Outside, read_outside
 from .packages import is_library
 from .side_channels import GLOBAL_HOOKS, HOOKS
@@ -74,7 +75,7 @@ def remember(
     return tuple(
         Remembered(
             tuple(path.split(".")) if path else (),
-            _kind(modules[path]) if path in modules else "",
+            qualified(type(modules[path])) if path in modules else "",
             tuple((name, *_as_it_is(value, objects)) for name, value in found.items()),
             _own_parameters(modules.get(path, root if not path else None)),
             _hooks(modules[path]) if path in modules else (),
@@ -115,9 +116,7 @@ def check_unchanged(
     if values and any(one.kind for one in remembered) and _has_global_hooks():
         raise _changed((), "is called with global hooks on modules")
     for one in remembered:
-        module: Any = model
-        for part in one.path:
-            module = module._modules.get(part) if module is not None else None
+        module = _module_at(model, one.path)
         what = "was removed" if module is None else _difference(module, one, values, met)
         if what:
             raise _changed(one.path, what)
@@ -149,7 +148,7 @@ def _has_global_hooks() -> bool:
 
 def _guarded_difference(module: nn.Module, then: Remembered, values: bool, met: dict[int | None, Any]) -> str | None:
     if then.kind:
-        if _kind(module) != then.kind:
+        if qualified(type(module)) != then.kind:
             return "is of another type"
         # The first is what it is, and the second is what Dynamo guards.
         if ("forward" in module.__dict__ or not inspect.ismethod(module.forward)) and then.hooks is not None:
@@ -197,9 +196,9 @@ def _difference(module: nn.Module, then: Remembered, values: bool, met: dict[int
     """
     own = vars(module)
     if then.kind:
-        if type(module) is nn.Module and then.kind != _kind(module):
+        if type(module) is nn.Module and then.kind != qualified(type(module)):
             return None  # unpickled: what is left of a model whose class cannot be imported
-        if _kind(module) != then.kind:
+        if qualified(type(module)) != then.kind:
             return f"is now a {type(module).__name__}"
         if has_own_forward(module) and not (then.hooks is None and isinstance(own["forward"], fx.GraphModule)):
             return "got a forward of its own instance"
@@ -247,9 +246,7 @@ def properties_in(model: nn.Module, remembered: Iterable[Remembered]) -> dict[tu
     """The functions behind properties, by class and name: compiled code asks for what they are elsewhere."""
     found = {}
     for one in remembered:
-        module: Any = model
-        for part in one.path:
-            module = module._modules.get(part) if module is not None else None
+        module = _module_at(model, one.path)
         for name, method in one.methods if one.hooks is not None else ():
             if isinstance(inspect.getattr_static(type(module), name, None), property):
                 found[type(module), name] = method
@@ -282,6 +279,14 @@ def _other_method(module: nn.Module, then: Remembered) -> str | None:
                 return name
             then.witness.meets(name, now)
     return None
+
+
+def _module_at(model: nn.Module, path: Iterable[str]) -> Any:
+    """The module that is at a path now, if any."""
+    found: Any = model
+    for part in path:
+        found = found._modules.get(part) if found is not None else None
+    return found
 
 
 def _own_parameters(module: nn.Module | None) -> tuple[str, ...]:
@@ -317,7 +322,3 @@ def _changed(path: tuple[str, ...], what: str) -> CaptureError:
         f"the model changed since it was captured: {where} {what}, and the graph does not know. Transform the model "
         "again."
     )
-
-
-def _kind(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"

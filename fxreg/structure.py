@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree  # private by name only: what torch.ex
 
 from .enclosed import defaults, enclosed, slotted
 from .errors import CaptureError
+from .kinds import qualified
 
 _INERT = (
     bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -63,7 +64,7 @@ class _Mapping:
             vars(result).update({name: self.of(old) for name, old in vars(value).items()})
             return result
         raise CaptureError(
-            f"the model's output holds a {type(value).__module__}.{type(value).__qualname__} with tensors inside, and "
+            f"the model's output holds a {qualified(type(value))} with tensors inside, and "
             "fxreg cannot tell how to rebuild it. Register it with torch.utils._pytree.register_pytree_node, or use "
             "emit='output' or emit='loss'."
         )
@@ -155,7 +156,7 @@ def recipe(value: Any, leaves: tuple[type, ...], take: Callable[[Any], int], is_
             return ("dict", tuple(value), tuple(map(of, value.values())))
         if _is_plain_object(value):
             return ("object", kind, tuple(vars(value)), tuple(map(of, vars(value).values())))
-        raise CaptureError(f"a {kind.__module__}.{kind.__qualname__} is more than its attributes")
+        raise CaptureError(f"a {qualified(kind)} is more than its attributes")
 
     return of(value)
 

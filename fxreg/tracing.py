@@ -11,7 +11,7 @@ import functools
 import math
 import threading
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -29,7 +29,7 @@ from .scanning import asks_for_none, code_asks_for_none, code_reason
 from .shapes import LAYER
 from .side_channels import Ledger, shorten
 from .snapshots import Snapshot, leads_to_iterator, rng_state, set_rng_state
-from .structure import PLAIN
+from .structure import PLAIN, holds_mutable
 
 _CONTAINERS = (
     tuple, list, dict, torch.Size, immutable_collections.immutable_list, immutable_collections.immutable_dict
@@ -260,7 +260,7 @@ class SoundTracer(fx.Tracer):
 
     def _call_opaque(self, path: str, module: nn.Module, reason: str, args: Any, kwargs: Any) -> Any:
         self.opaque[path] = reason
-        if _holds_mutable((*args, *kwargs.values())):
+        if holds_mutable((*args, *kwargs.values())):
             self.give_up(f"passes a list or dict to opaque {path!r}, which may change it")
         if not self._watches:
             self._suspect(module)
@@ -356,7 +356,3 @@ class SoundTracer(fx.Tracer):
             finally:
                 with torch._C.DisableTorchFunction():
                     self.side_effect = self._put_back() or self._suspicion
-
-
-def _holds_mutable(values: Iterable[Any]) -> bool:
-    return any(type(value) in (list, dict, set) or (type(value) is tuple and _holds_mutable(value)) for value in values)
