@@ -37,7 +37,7 @@ def without_fingerprints(text: str) -> str:
 
 def test_the_readme_shows_what_its_examples_print() -> None:
     readme = README.read_text(encoding="utf-8")
-    assert len(_EXAMPLE.findall(readme)) == 3
+    assert len(_EXAMPLE.findall(readme)) == 4
     assert without_fingerprints(with_outputs(readme)) == without_fingerprints(readme)
 
 
