@@ -249,8 +249,8 @@ class _Lowering(Insertion):
     def _total(self, terms: list[fx.Node]) -> fx.Node:
         if terms:
             return self.insert("", "call_function", operators.total, (terms,), name="penalty")
-        zero = self.buffer("no_penalty", torch.tensor(0.0, dtype=torch.float32, device=self.device))
-        return self.read("", zero)
+        zero = self.read("", self.buffer("no_penalty", torch.tensor(0.0, dtype=torch.float32, device=self.device)))
+        return self.insert("", "call_method", "clone", (zero,), name="penalty")  # the caller may write into it
 
 
 def _ancestors(name: str) -> Iterator[str]:

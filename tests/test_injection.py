@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -1062,6 +1063,25 @@ NOTHING: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "a detached tensor": lambda a, b, c: {"a": a.detach()},
     "an integer tensor": lambda a, b, c: [a.argmax(), None],
 }
+
+
+@pytest.mark.parametrize("rules", [[], [fxreg.Rule(fxreg.l1(STRENGTH), via="gradient")]], ids=["none", "gradient"])
+def test_no_penalty_is_a_zero_of_the_callers_own(rules: list[fxreg.Rule]) -> None:
+    model = make()
+    gm = fxreg.transform(model, rules, emit="output")
+    _, total = gm(X)
+    total += 5.0
+    assert gm(X)[1].equal(torch.tensor(0.0))
+    x = X.clone().requires_grad_()
+    output, penalty = torch.utils.checkpoint.checkpoint(
+        gm, x, use_reentrant=True
+    )  # makes its outputs results of its own
+    (loss_of(output) + penalty).backward()
+    found = gradients(model)
+    model.zero_grad()
+    assert not gm(X)[1].requires_grad
+    loss_of(gm(X)[0]).backward()
+    assert_gradients(model, found)
 
 
 @pytest.mark.parametrize("opaque", [False, True], ids=["traced", "opaque"])
