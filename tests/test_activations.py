@@ -697,6 +697,33 @@ def test_under_autocast_activations_in_bfloat16_are_penalized_in_float32() -> No
     torch.testing.assert_close(penalty, l2(a.float()))
 
 
+class PartlyInBfloat16(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act, self.b = nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.act(self.a(x))
+        return self.b(h.float())
+
+
+@pytest.mark.parametrize("emit", ["backward", "output"])
+@pytest.mark.parametrize("layer", ["ReLU", "Linear"])
+def test_penalties_that_pass_through_an_autocast_region_are_verified_as_exactly_as_it_computes(
+    layer: str, emit: Any
+) -> None:
+    torch.manual_seed(0)
+    model, x = PartlyInBfloat16(), torch.randn(16, 8)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.1), layer=layer, on="output"), example_inputs=(x,), emit=emit)
+    assert fxreg.explain(gm).verified
+    adding = next(node for node in gm.graph.nodes if any(isinstance(arg, list) and arg for arg in node.args[-2:]))
+    adding.args = tuple([*arg, *arg] if isinstance(arg, list) else arg for arg in adding.args)
+    gm.recompile()
+    with pytest.raises(fxreg.VerifyError, match="gradient of|the penalty"):
+        fxreg.verify(gm, model, (x,))
+
+
 def test_strip_takes_the_penalty_away() -> None:
     for case in ("layer", "in place", "inside opaque", "opaque root", "several tensors"):
         kind, keys, on, _ = CASES[case]
