@@ -720,7 +720,7 @@ def test_penalties_that_pass_through_an_autocast_region_are_verified_as_exactly_
     adding = next(node for node in gm.graph.nodes if any(isinstance(arg, list) and arg for arg in node.args[-2:]))
     adding.args = tuple([*arg, *arg] if isinstance(arg, list) else arg for arg in adding.args)
     gm.recompile()
-    with pytest.raises(fxreg.VerifyError, match="gradient of|the penalty"):
+    with pytest.raises(fxreg.VerifyError, match=r"gradient of|the penalty"):
         fxreg.verify(gm, model, (x,))
 
 
