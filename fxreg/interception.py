@@ -56,6 +56,27 @@ def intercepted(tracer: Any) -> Iterator[None]:
 
 
 @contextmanager
+def calling(run: Callable[[Callable[..., Any], nn.Module, Any, Any], Any]) -> Iterator[None]:
+    """Let `run(call, module, args, kwargs)` carry out every call of a module in this thread.
+
+    The patch sits on the class, and passes other threads through.
+    """
+    with lock:
+        original, thread = nn.Module.__call__, threading.get_ident()
+
+        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(module, *args, **kwargs)
+            return run(original, module, args, kwargs)
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+@contextmanager
 def as_if_compiled() -> Iterator[None]:
     """Answer this thread as Dynamo does when something asks whether it is being compiled."""
     owners = [(torch.compiler, "is_compiling"), (torch.compiler, "is_dynamo_compiling"), (torch._utils, "is_compiling")]

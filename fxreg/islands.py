@@ -6,9 +6,8 @@ that it got when the model ran on its examples, and verified alone, hooks apart:
 """
 
 import collections
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -20,7 +19,7 @@ from .capture import Examples, Given, capture, run_examples, visible_layers
 from .captured import Captured
 from .emitting import verified
 from .hidden_uses import leads_to
-from .interception import lock
+from .interception import calling
 from .layers import is_layer, whole_reason
 from .lowering import lower
 from .module import RegularizedModule, stand_for, state_of
@@ -74,34 +73,17 @@ def _observed(model: nn.Module, modules: Collection[nn.Module], example_inputs: 
     """What modules were called with first, in training or else in evaluation, if that can be repeated."""
     calls: _Calls = {}
 
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module not in modules or module in calls or _are_functorch_transforms_active():
-            return
-        if all(map(is_plain_argument, (*args, *kwargs.values()))):
+    def note(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        is_plain_run = not torch.compiler.is_compiling() and not _are_functorch_transforms_active()
+        is_wanted = is_plain_run and module in modules and module not in calls
+        if is_wanted and all(map(is_plain_argument, (*args, *kwargs.values()))):
             calls[module] = Given(*map_tensors(fresh, (args, kwargs)))
+        return call(module, *args, **kwargs)
 
     for training in (True, False):
-        with borrowed(model, training=training), _noting_calls(note), suppress(Exception):  # what came before it counts
+        with borrowed(model, training=training), calling(note), suppress(Exception):  # what came before it counts
             run_examples(model, example_inputs)
     return calls
-
-
-@contextmanager
-def _noting_calls(note: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
-    """Tell of every call of a module in this thread. The patch sits on the class, and passes other threads through."""
-    with lock:
-        original, thread = nn.Module.__call__, threading.get_ident()
-
-        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread and not torch.compiler.is_compiling():
-                note(module, args, kwargs)
-            return original(module, *args, **kwargs)
-
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
 def _captured(module: nn.Module, examples: Given) -> RegularizedModule | None:

@@ -1,7 +1,6 @@
 """What rules on forward calls are about, seen while a model runs as it is: without a graph or an emitted operator."""
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from .functions import directions
 from .hearing import Hearing
-from .interception import lock
+from .interception import calling, lock
 from .layers import is_layer
 from .penalty_calls import followed
 from .planning import PenalizeActivation, PenalizeFunction
@@ -24,10 +23,7 @@ Note = Callable[[PenalizeActivation, Tensor], None]
 
 @contextmanager
 def observing(model: nn.Module, edits: Sequence[PenalizeActivation], note: Note) -> Iterator[None]:
-    """Call `note` with a copy of every activation that the edits are on, when it passes, in this thread.
-
-    The patch sits on the class, and passes other threads through.
-    """
+    """Call `note` with a copy of every activation that the edits are on, when it passes, in this thread."""
     if not edits:
         yield
         return
@@ -50,23 +46,16 @@ def _calls(model: nn.Module, edits: Sequence[PenalizeActivation], note: Note) ->
     """Tell of calls of functions and methods, and for that follow whose forward runs."""
     sites = {id(model.get_submodule(path)): path for edit in edits for path in edit.sites}
     stack: list[nn.Module] = []
-    original, thread = nn.Module.__call__, threading.get_ident()
 
-    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return original(module, *args, **kwargs)
+    def follow(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         stack.append(module)
         try:
-            return original(module, *args, **kwargs)
+            return call(module, *args, **kwargs)
         finally:
             stack.pop()
 
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    try:
-        with _Calls(model, edits, sites, stack, note):
-            yield
-    finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+    with calling(follow), _Calls(model, edits, sites, stack, note):
+        yield
 
 
 class _Calls(TorchFunctionMode):
