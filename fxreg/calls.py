@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree  # private by name only: what torch.ex
 
 from .errors import CaptureError, FxregError
 from .operators import attach as _attach_operator
-from .structure import follow, likeness, map_tensors, replace_field, tensors
+from .structure import follow, likeness, loss_in, map_tensors, replace_field, tensors
 
 
 def call_model(
@@ -258,10 +258,8 @@ def add_to_loss(output: Any, penalty: Tensor, training: bool) -> Any:
     penalty = apart.value(penalty)
     if isinstance(output, Tensor):
         return _checked_loss(output, "the output") + penalty.to(output.device)
-    field = "loss"
-    found = output.get(field) if isinstance(output, dict) else getattr(output, field, None)
-    loss = _checked_loss(found, f"the {field!r} field of the {type(output).__name__} it returned")
-    return replace_field(output, field, loss + penalty.to(loss.device))
+    loss = _checked_loss(loss_in(output), f"the 'loss' field of the {type(output).__name__} it returned")
+    return replace_field(output, "loss", loss + penalty.to(loss.device))
 
 
 def expect_tensor(value: Any, what: str) -> Any:

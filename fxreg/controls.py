@@ -12,7 +12,7 @@ from .errors import FxregError, RuleError
 from .module import State, emitted, state_of
 from .observing import observing, slopes
 from .penalty_calls import reduced, summed_squares
-from .planning import LeaveToCompanion, Penalize, PenalizeActivation, PenalizeFunction, PullBack
+from .planning import OnForward, OnParameter, PenalizeActivation, PenalizeFunction
 from .rematching import check_meaning
 from .snapshots import borrowed
 from .structure import fresh, map_tensors
@@ -154,7 +154,7 @@ def penalties(gm: nn.Module, /, *inputs: Any, **named: Any) -> dict[str, Tensor]
         found[label] = found[label] + value.to(found[label].device) if label in found else value
 
     for edit in plan.edits:
-        if isinstance(edit, PenalizeActivation | PenalizeFunction):
+        if isinstance(edit, OnForward):
             add(edit.label, torch.zeros(()))
         elif isinstance(edit.effect.definition, Penalty):
             live = live_strengths(state, edit.label, edit.effect)
@@ -285,7 +285,7 @@ def live_strengths(state: State, label: str, effect: Effect) -> dict[str, Tensor
     return found
 
 
-def live_arguments(state: State, edit: Penalize | PullBack | LeaveToCompanion) -> dict[str, Any]:
+def live_arguments(state: State, edit: OnParameter) -> dict[str, Any]:
     """An effect's named arguments for one parameter, with the tensors that it has for it."""
     anchors = state.provenance.anchors
     own = {name: (edit.label, name, edit.site) for name in edit.effect.definition.anchors}

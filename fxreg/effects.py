@@ -1,6 +1,6 @@
 """What an effect is: a formula, registered once by a decorator, from which its factory and operators follow.
 
-`regularizers.py` and `gradients.py` hold the formulas. A decorated function becomes a *definition*; calling the
+Each family of formulas has a file. A decorated function becomes a *definition*; calling the
 definition with a strength gives an *effect*, the frozen value that a rule carries.
 """
 

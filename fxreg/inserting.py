@@ -78,8 +78,7 @@ class Insertion:
 
     def _anchor(self) -> None:
         """Give every parameter the tensors of its own that effects have for it, as copies."""
-        kinds = Penalize | PullBack | LeaveToCompanion
-        edits = [e for e in self.plan.edits if isinstance(e, kinds) and e.effect.definition.anchors]
+        edits = [edit for edit in self.plan.on_parameters if edit.effect.definition.anchors]
         parameters = dict(self.model.named_parameters()) if edits else {}
         for edit in edits:
             parameter = parameters[edit.site]

@@ -17,7 +17,7 @@ from .functions import directions
 from .hearing import Hearing
 from .operators import accumulation_dtype, total
 from .operators import drawn as _draw_operator
-from .structure import map_tensors, tensors
+from .structure import loss_in, map_tensors, tensors
 
 Watched: TypeAlias = tuple[Any, ...]
 """A module inside another by its path, `"output"` or `"input"`, and what `penalize` is to be told."""
@@ -189,7 +189,7 @@ def penalize_function(
 
 def followed(output: Any) -> list[Tensor]:
     """What a penalty on a function follows: the loss that a model returns, or all of its floating-point tensors."""
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    loss = loss_in(output)
     found = [one for one in tensors(output if loss is None else loss) if one.is_floating_point()]
     if not found:
         raise FxregError("a penalty on the model's function: there is no floating-point tensor in its output.")

@@ -114,6 +114,13 @@ def tensors(value: Any) -> Iterator[Tensor]:
     return iter(found)
 
 
+def loss_in(output: Any) -> Any:
+    """What may be the loss that a model returned: a tensor itself, or its output's field `loss`, None without one."""
+    if isinstance(output, Tensor):
+        return output
+    return output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+
+
 def replace_field(value: Any, field: str, new: Any) -> Any:
     """A copy of a mapping, named tuple or dataclass with one field replaced."""
     if hasattr(value, "_replace"):

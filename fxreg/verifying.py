@@ -23,7 +23,7 @@ from .observing import observing
 from .rederiving import moved, muting, objective, silent, with_rules
 from .rematching import check_meaning
 from .snapshots import borrowed, iterator_kept
-from .structure import fresh, likeness, map_tensors, tensors
+from .structure import fresh, likeness, loss_in, map_tensors, tensors
 
 _GRADIENT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE_TOLERANCE = 5e-2  # 16-bit: a few units in the last place of a sum
@@ -260,7 +260,7 @@ def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) 
     injected = float(state.loss_scale) if trial.outputs else None
     weight = {"backward": injected, "output": 1.0, "loss": None}[emit]
     for k, (one, other) in enumerate(zip(expected, actual, strict=True)):
-        is_loss = emit == "loss" and state.model.training and one is _loss_of(theirs.output)
+        is_loss = emit == "loss" and state.model.training and one is loss_in(theirs.output)
         if is_loss and reference is not None:
             weight = trial.weight * math.cos(1 + k) if k in trial.outputs else None
             _compare_tensors(one + reference, other, f"{where}: the loss", exact=False)
@@ -310,12 +310,6 @@ def _gradients(loss: Tensor, parameters: Mapping[str, Tensor], compiled: bool) -
 def _dense(gradient: Tensor | None) -> Tensor | None:
     """The gradient of an embedding may be sparse; what the rules make of it is not."""
     return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
-
-
-def _loss_of(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output
-    return output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
 
 
 def _compare_tensors(expected: Tensor, actual: Tensor, what: str, exact: bool) -> None:
