@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 from torch._C._functorch import (  # private: there is no other way to act below a level of `torch.vmap`
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree  # private by name only: what torch.ex
 
 from .errors import CaptureError, FxregError
 from .operators import attach as _attach_operator
+from .stand_ins import call_swapped, without_reentrant_checkpoints
 from .structure import follow, likeness, loss_in, map_tensors, replace_field, tensors
 
 
@@ -47,7 +47,7 @@ def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
     if not substitutes:
         return module(*args, **kwargs)
     versions = _versions(substitutes)
-    call = _call_layer if _is_layer(module) and substitutes.keys() <= module._parameters.keys() else _call_any
+    call = call_swapped if _is_layer(module) and substitutes.keys() <= module._parameters.keys() else _call_any
     result = call(module, substitutes, args, kwargs)
     if is_unfinished(result):
         raise CaptureError(
@@ -76,22 +76,6 @@ def _is_layer(module: nn.Module) -> bool:
     return not (module._modules or module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
 
 
-def _call_layer(
-    module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """The same as below where nothing of it can happen, at a tenth of what it costs to run, and to compile."""
-    parameters: dict[str, Any] = module._parameters
-    kept = dict(parameters)
-    for given, substitute in substitutes.items():
-        for name, parameter in kept.items():
-            if parameter is kept[given]:
-                parameters[name] = substitute
-    try:
-        return module(*args, **kwargs)
-    finally:
-        parameters.update(kept)
-
-
 def _call_any(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if any(hasattr(inner, "set_reshard_after_forward") for inner in module.modules()):
         raise CaptureError(
@@ -103,8 +87,8 @@ def _call_any(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
     recurrent = [inner for inner in module.modules() if isinstance(inner, nn.RNNBase)]
     kept = [(inner._flat_weights, inner._flat_weight_refs) for inner in recurrent]
     try:
-        with _dressed(module, substitutes), _without_reentrant_checkpoints():
-            return torch.func.functional_call(module, dict(substitutes), args, dict(kwargs))
+        with _dressed(module, substitutes), without_reentrant_checkpoints():
+            return call_swapped(module, substitutes, args, kwargs)
     finally:
         for inner, (weights, references) in zip(recurrent, kept, strict=True):
             inner._flat_weights, inner._flat_weight_refs = weights, references
@@ -134,33 +118,6 @@ def _dressed(module: nn.Module, substitutes: dict[str, Tensor]) -> Iterator[None
     finally:
         for substitute in substitutes.values():
             substitute.grad = None
-
-
-@contextmanager
-def _without_reentrant_checkpoints() -> Iterator[None]:
-    """A reentrant checkpoint calls the module again in the backward pass, with its own parameters: refuse it here."""
-    if torch.compiler.is_compiling():  # Dynamo captures the checkpoint with what it uses
-        yield
-        return
-    function, thread = torch.utils.checkpoint.CheckpointFunction, threading.get_ident()
-    original = vars(function).get("apply")
-
-    def apply(*args: Any) -> Any:
-        if threading.get_ident() != thread:
-            return super(function, function).apply(*args)  # type: ignore[no-untyped-call]
-        raise CaptureError(
-            "a parameter whose gradient a rule transforms is used inside a reentrant checkpoint, whose backward pass "
-            "would bypass the rule. Checkpoint with use_reentrant=False, or use via='penalty'."
-        )
-
-    function.apply = apply  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if original is None:
-            del function.apply
-        else:
-            function.apply = original  # type: ignore[method-assign]
 
 
 def take_inputs(state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from .errors import RuleError
 from .formulas import ProximalFormula
 from .module import emitted, state_of, stepping
 from .planning import LeaveToCompanion
+from .rematching import check_meaning
 from .updates import has_moved, is_done
 
 _OTHER_STEPS = (torch.optim.LBFGS, torch.optim.Rprop, torch.optim.ASGD, torch.optim.Adafactor)
@@ -70,6 +71,7 @@ class ProximalStep:
         RuleError: no optimizer, or one of these; a parameter that it does not have; no rule of `gm` with
             `via="proximal"`; a second time with the same two; later, at a step, a parameter that was replaced.
         FxregError: not a module that `fxreg.transform` returned.
+        CaptureError: the model changed, and the rules mean something else.
 
     >>> import torch, fxreg
     >>> model = torch.nn.Linear(4, 1)
@@ -96,6 +98,7 @@ class ProximalStep:
                 "ProximalStep: no rule of this module has via='proximal'. Give it to a Rule before fxreg.transform, or "
                 "leave ProximalStep out."
             )
+        check_meaning(emitted(gm))
         parameters = dict(emitted(gm).named_parameters())
         _check(optimizer, edits, parameters)
         if any(one._optimizer() is optimizer for one in stepping(self._state)):

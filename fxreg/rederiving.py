@@ -29,9 +29,9 @@ def with_rules(
     and then those of the other penalties, on the function and on parameters; `weight` times where a node adds them."""
     plan = state.provenance.plan
     parameters = dict(state.model.named_parameters())
-    result = dict(gradients)
+    result = {name: None if name in plan.frozen else gradient for name, gradient in gradients.items()}
     for name, more in added.items():
-        if more is not None and weight is not None:
+        if more is not None and weight is not None and name not in plan.frozen:
             result[name] = _sum(result[name], more * weight)
     for pulls in plan.pulls():
         if pulls[0].effect.definition.is_joint:

@@ -1,5 +1,6 @@
 """A layer that is called with stand-ins for its parameters computes with them, and keeps its own."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -106,3 +107,82 @@ def test_layers_of_torch_need_no_functional_call(backend: str | None, monkeypatc
     gm(torch.ones(1, 3, 3, 3)).sum().backward()
     assert layer.weight.grad is not None
     torch.testing.assert_close(layer.weight.grad, 1 + 0.1 * layer.weight.detach().sign())
+
+
+class Counting(nn.Module):
+    """Its buffer is another tensor after each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return x * self.weight
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_a_buffer_that_the_forward_rebinds_is_rebound_in_compiled_code_too(backend: str | None, inside: bool) -> None:
+    """`torch.func.functional_call` loses it there."""
+    own = Counting()
+    gm = fxreg.transform(nn.Sequential(own) if inside else own, fxreg.Rule(fxreg.clip_norm(0.1)))
+    call = torch.compile(gm, backend=backend) if backend else gm
+    for _ in range(3):
+        call(torch.ones(3)).sum().backward()
+    assert float(own.count) == 3  # type: ignore[arg-type]
+
+
+def test_two_threads_in_one_layer_are_refused_and_leave_its_parameters() -> None:
+    """One would compute with the other's stand-ins, and its gradient go the other's way."""
+    layer, inside, done = nn.Linear(3, 2), threading.Event(), threading.Event()
+    own = dict(layer._parameters)
+    gm = fxreg.transform(layer, fxreg.Rule(fxreg.clip_norm(0.1)))
+
+    def wait(*_: Any) -> None:
+        inside.set()
+        done.wait(10)
+
+    handle = layer.register_forward_pre_hook(wait)
+    thread = threading.Thread(target=gm, args=(torch.ones(1, 3),))
+    thread.start()
+    try:
+        assert inside.wait(10)
+        handle.remove()
+        with pytest.raises(fxreg.CaptureError, match=r"two threads call one Linear at once, .*copy\.deepcopy"):
+            gm(torch.ones(1, 3))
+    finally:
+        done.set()
+        thread.join()
+    assert all(layer._parameters[name] is parameter for name, parameter in own.items())
+    gm(torch.ones(1, 3)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_thread_may_checkpoint_while_another_must_not() -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    class Waiting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            inside.set()
+            done.wait(10)
+            return x * self.weight
+
+    gm = fxreg.transform(Waiting(), fxreg.Rule(fxreg.clip_norm(0.1)), emit="output")
+    inside.clear()
+    x = torch.ones(3, requires_grad=True)
+    before = torch.utils.checkpoint.CheckpointFunction.apply
+    thread = threading.Thread(target=gm, args=(x,))
+    thread.start()
+    try:
+        assert inside.wait(10)
+        checkpoint(torch.tanh, x, use_reentrant=True).sum().backward()
+    finally:
+        done.set()
+        thread.join()
+    assert torch.utils.checkpoint.CheckpointFunction.apply == before

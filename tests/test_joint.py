@@ -403,3 +403,17 @@ def test_in_parallel_each_rank_clips_its_own(mesh: Any, way: str) -> None:
     assert_same(
         {n: g if g is None else getattr(g, "full_tensor", lambda g=g: g)() for n, g in found.items()}, wanted, 1e-5
     )
+
+
+def test_what_another_rule_freezes_is_not_in_the_norm_and_verification_knows() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double(), torch.randn(5, 3).double()
+    rules = [fxreg.Rule(fxreg.clip_global_norm(0.1)), fxreg.Rule(fxreg.freeze(), name="0")]
+    gm = fxreg.transform(model, rules, example_inputs=(x,))
+    gm(x).square().sum().backward()
+    assert model[0].weight.grad is None
+    own = list(model[1].parameters())
+    grads = torch.autograd.grad(model(x).square().sum(), own)
+    norm = torch.stack([grad.norm() for grad in grads]).norm()
+    for parameter, grad in zip(own, grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad * (0.1 / (norm + 1e-6)), rtol=1e-12, atol=1e-12)

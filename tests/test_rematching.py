@@ -606,6 +606,14 @@ def test_a_proximal_step_knows_its_parameters() -> None:
 
 
 @pytest.mark.slow
+def test_a_proximal_step_is_not_made_for_a_model_that_changed() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.1), param="weight", via="proximal"))
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(fxreg.CaptureError, match="is computed by a parametrization now"):
+        fxreg.ProximalStep(torch.optim.SGD(model.parameters(), lr=0.1), gm)
+
+
 def test_a_whole_step_looks() -> None:
     model = seeded(Net)
     gm = emit_from(model, False)
