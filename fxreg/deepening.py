@@ -6,7 +6,7 @@ differ between training and evaluation, one graph holds both; where more does, e
 """
 
 import contextvars
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -32,11 +32,11 @@ _TRIES = 40
 
 
 class _Again(Exception):  # noqa: N818  not an error
-    """Some modules must stay whole: for their paths, why."""
+    """Some modules must stay whole: for their paths, why. Or else some names must be watched."""
 
-    def __init__(self, forced: dict[str, str]) -> None:
+    def __init__(self, forced: dict[str, str], names: Iterable[str] = ()) -> None:
         super().__init__()
-        self.forced = forced
+        self.forced, self.names = forced, frozenset(names)
 
 
 def deepen(
@@ -56,26 +56,35 @@ def deepen(
     """
     if iterator_kept(model) is not None:
         return None
-    sets_more = _sets_more_than_modes(model)
-    recorded = _recorded(model, place, arguments, call, marked, sets_more)
+    sets_more, names = _sets_more_than_modes(model), set[str]()
+    recorded = _recorded(model, place, arguments, call, marked, sets_more, names)
     if recorded is None or sets_more or all(one.holds_in(WAYS) for one in recorded.chain):
         return recorded
     compiled = None
     with as_if_compiled(), suppress(Exception):  # there it may fail, whatever it does elsewhere
-        compiled = _recorded(model, place, arguments, call, marked, sets_more)
+        compiled = _recorded(model, place, arguments, call, marked, sets_more, names)
     if compiled is None:
         return recorded
     return recorded.in_ways(("eager", "compiled")) if _alike(recorded, compiled) else recorded.before(compiled)
 
 
 def _recorded(
-    model: nn.Module, place: Any, arguments: dict[str, Any], call: Any, marked: Collection[str], sets_more: bool
+    model: nn.Module,
+    place: Any,
+    arguments: dict[str, Any],
+    call: Any,
+    marked: Collection[str],
+    sets_more: bool,
+    names: set[str],
 ) -> Captured | None:
     forced: dict[str, str] = {}
     for _ in range(_TRIES):
         try:
-            return _Session(model, place, arguments, call, forced, marked, sets_more).recorded()
+            return _Session(model, place, arguments, call, forced, frozenset(names), marked, sets_more).recorded()
         except _Again as again:
+            if again.names:
+                names |= again.names
+                continue
             if "" in again.forced or not again.forced.keys() - forced.keys():
                 return None
             forced |= again.forced
@@ -94,11 +103,12 @@ class _Session:
         arguments: Any,
         call: Any,
         forced: dict[str, str],
+        names: frozenset[str],
         marked: Collection[str],
         sets_more: bool,
     ) -> None:
         self.model, self.place, self.arguments, self.call = model, place, arguments, call
-        self.forced, self.marked, self.sets_more = forced, marked, sets_more
+        self.forced, self.names, self.marked, self.sets_more = forced, names, marked, sets_more
         self.also = global_objects(model)
         self.watches = False
         self.settled = self._settle()
@@ -137,7 +147,8 @@ class _Session:
         questions, answers = joined([one[:2] for one in asked])
         modes = first.asked.modes | other.asked.modes
         values = tuple(self.arguments.values())
-        facts = [Settled(*where, fact, frozen(fact)) for where, fact in (first.asked.facts | other.asked.facts).items()]
+        asked_facts = first.asked.facts | other.asked.facts | first.ledger.settled | other.ledger.settled
+        facts = [Settled(*where, fact, frozen(fact)) for where, fact in asked_facts.items()]
         kept = dict(first.writer.kept)
         if training is False:  # beside those of the graph for training
             kept = {f"{name}_in_evaluation": one for name, one in kept.items()}
@@ -196,11 +207,11 @@ class _Session:
                 self.watches = True
                 recorder = self._record()
         if misled := recorder.ledger.misled(recorder.state):
-            raise _Again(misled)
+            raise _Again(misled, recorder.ledger.unwatched)
         return recorder
 
     def _record(self) -> Recorder:
-        recorder = Recorder(self.model, f"{CHILD}.model", self.forced, self.also, self.marked, self.watches)
+        recorder = Recorder(self.model, f"{CHILD}.model", self.forced, self.also, self.marked, self.watches, self.names)
         try:
             recorder.record(self.place, map_tensors(fresh, self.arguments), self.call)
         except Exception as error:  # not Untraceable, which is none

@@ -75,6 +75,8 @@ PUTS = {
     "discard",
 }  # fmt: skip
 """Methods that change what a container holds."""
+FILLS = PUTS | {"set", "reset"}
+"""Methods that change what something holds: a container, or a context variable."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -86,14 +88,14 @@ def names_in_code(code: types.CodeType) -> Names:
         instructions = [*dis.get_instructions(one)]
         begins: dict[tuple[Any, Any], str] = {}  # where an expression begins, and with which variable
         for at, instruction in enumerate(instructions):
-            name, argument, where = instruction.opname, instruction.argval, _begin(instruction)
+            name, argument, where = instruction.opname, instruction.argval, begin(instruction)
             if name in _READS or (name == "LOAD_DEREF" and argument in code.co_freevars):
                 begins[where] = argument
             if name in _READS:
                 read[argument] = None
             elif name in _MENTIONS:
                 attributes[argument] = None
-                if argument in PUTS and where in begins and begins[where] == instructions[at - 1].argval:
+                if argument in FILLS and where in begins and begins[where] == instructions[at - 1].argval:
                     filled.add(begins[where])
             elif name == "IMPORT_NAME":
                 imported[argument, instructions[at - 2].argval] = None
@@ -104,7 +106,7 @@ def names_in_code(code: types.CodeType) -> Names:
     return Names(tuple(read), tuple(attributes), tuple(imported), frozenset(rebound), frozenset(filled))
 
 
-def _begin(instruction: dis.Instruction) -> tuple[Any, Any]:
+def begin(instruction: dis.Instruction) -> tuple[Any, Any]:
     """The line and the column of the expression that an instruction is for; of none, if Python does not keep them."""
     position = instruction.positions
     known = position is not None and position.col_offset is not None

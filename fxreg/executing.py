@@ -5,10 +5,9 @@ import copy
 import dis
 import functools
 import gc
-import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +15,11 @@ import torch
 from torch import nn
 
 from .ambient import ambient, answers, asked, is_answer
+from .mentions import may_mention, mentioned
 from .packages import is_foreign
 from .scanning import LOOKS_PAST, PAST, context_name, looks_past
 from .sizes import SYMBOLIC
+from .stacks import UNKNOWN, Stack, instructions_of
 
 _INSTRUCTIONS = {
     "STORE_GLOBAL": "writes the global variable",
@@ -26,7 +27,7 @@ _INSTRUCTIONS = {
 }
 _TYPE, _IDENTITY = "asks for a type", "compares identities"
 _DICTIONARY, _WRITES = "looks into an object's dictionary", "writes the attribute"
-_BY_NAME, _UNKNOWN = "writes an attribute by its name", object()
+_BY_NAME = "writes an attribute by its name"
 _MENTIONS = {
     "manual_seed": "seeds a random generator",
     "fork_rng": "forks a random generator",
@@ -93,7 +94,7 @@ def watched(recorder: Any) -> Iterator[None]:
             recorder.give_up(f"{frame.f_code.co_qualname} {asks}")
         recorder.note_entered(frame.f_code, frame.f_globals)
         frame.f_trace_lines = False
-        frame.f_trace_opcodes = bool(_flagged(frame.f_code))
+        frame.f_trace_opcodes = bool(_flagged(frame.f_code)) or may_mention(frame.f_code, recorder.ledger.watched)
         return step
 
     def step(frame: types.FrameType, event: str, argument: Any) -> Any:
@@ -101,6 +102,10 @@ def watched(recorder: Any) -> Iterator[None]:
             reason = _flagged(frame.f_code).get(frame.f_lasti)
             if reason is not None and _matters(reason, frame, recorder):
                 recorder.give_up(f"{frame.f_code.co_qualname} {reason}")
+            for told in mentioned(frame, recorder.ledger.watched):
+                recorder.note_mentioned(*told)
+        elif event == "exception" and recorder.thread and isinstance(argument[1], AttributeError):
+            recorder.note_missed(argument[1].name)
         elif event == "exception" and recorder.thread and _is_ours(argument[1]):
             recorder.give_up(f"{frame.f_code.co_qualname} meets a {argument[0].__name__}")
         return step
@@ -118,17 +123,12 @@ def watched(recorder: Any) -> Iterator[None]:
         elif event == "c_call" and recorder.thread and (reason := _asked(argument, frame.f_globals.get("__name__"))):
             recorder.give_up(f"{frame.f_code.co_qualname} {reason}")
 
-    def is_instance(value: Any, kinds: Any) -> bool:
-        if type(value) in SYMBOLIC and not is_foreign(sys._getframe(1).f_globals.get("__name__", "")):
-            return original(value.node.value, kinds) or original(value, kinds)  # sizes are numbers
-        return original(value, kinds)
-
     before, original = (sys.gettrace(), sys.getprofile()), isinstance
     collects = gc.isenabled()
     gc.disable()  # finalizers and callbacks are none of the forward's doing
     sys.settrace(enter)
     sys.setprofile(call)
-    builtins.isinstance = is_instance
+    builtins.isinstance = _asking(original)
     try:
         yield
     finally:
@@ -137,6 +137,17 @@ def watched(recorder: Any) -> Iterator[None]:
         sys.setprofile(before[1])
         if collects:
             gc.enable()
+
+
+def _asking(original: Callable[[Any, Any], bool]) -> Any:
+    """An `isinstance` to which sizes are numbers."""
+
+    def is_instance(value: Any, kinds: Any) -> bool:
+        if type(value) in SYMBOLIC and not is_foreign(sys._getframe(1).f_globals.get("__name__", "")):
+            return original(value.node.value, kinds) or original(value, kinds)
+        return original(value, kinds)
+
+    return is_instance
 
 
 class entering:  # noqa: N801  a context manager, of which there are thousands
@@ -226,15 +237,10 @@ def _is_ours(error: BaseException) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
-    return tuple(dis.get_instructions(code))
-
-
-@functools.lru_cache(maxsize=4096)
 def _flagged(code: types.CodeType) -> dict[int, str]:
     """The offsets of the instructions that a graph cannot hold, and why."""
     found = {}
-    instructions = _instructions(code)
+    instructions = instructions_of(code)
     for position, instruction in enumerate(instructions):
         name, argument = instruction.opname, instruction.argval
         if name in ("LOAD_GLOBAL", "LOAD_ATTR", "LOAD_METHOD", "LOAD_NAME") and argument in _MENTIONS:
@@ -268,117 +274,19 @@ def _matters(reason: str, frame: types.FrameType, recorder: Any) -> bool:
     if reason == _DICTIONARY:  # a flag read or written past its property
         return "training" in (*frame.f_code.co_names, *frame.f_code.co_consts)
     if reason == _TYPE:
-        value = _Stack(frame).typed()
-        return value is _UNKNOWN or type(value) in SYMBOLIC
+        value = Stack(frame).typed()
+        return value is UNKNOWN or type(value) in SYMBOLIC
     if reason == _IDENTITY:
-        value = _Stack(frame).top()
+        value = Stack(frame).top()
         replaced = isinstance(value, torch.Tensor | int | float) or type(value) in SYMBOLIC
-        return value is _UNKNOWN or replaced or recorder.writer.veils
+        return value is UNKNOWN or replaced or recorder.writer.veils
     if reason == _BY_NAME:
-        value = _Stack(frame).first()
-        return value is _UNKNOWN or not recorder.watches_over(value)
+        value = Stack(frame).first()
+        return value is UNKNOWN or not recorder.watches_over(value)
     if reason.startswith(_WRITES):
-        value = _Stack(frame).written()
-        return value is _UNKNOWN or not recorder.watches_over(value)
+        value = Stack(frame).written()
+        return value is UNKNOWN or not recorder.watches_over(value)
     return True
-
-
-class _Stack:
-    """What a frame has loaded, as far as that are variables, and attributes and items that nothing computes."""
-
-    def __init__(self, frame: types.FrameType) -> None:
-        self.frame = frame
-        self.instructions = _instructions(frame.f_code)
-        self.position = next(i for i, one in enumerate(self.instructions) if one.offset == frame.f_lasti)
-
-    def top(self) -> Any:
-        """What was loaded last."""
-        return self._loaded(self.position - 1)[0]
-
-    def first(self) -> Any:
-        """The first argument of the function that is loaded here, where it is a variable or an attribute of one."""
-        end = self.position + 2
-        while self.instructions[end].opname == "LOAD_ATTR":
-            end += 1
-        return self._loaded(end - 1)[0]
-
-    def typed(self) -> Any:
-        """Whose type is asked for, by `value.__class__` or `type(value)`."""
-        if self.instructions[self.position].argval == "__class__":
-            return self.top()
-        first = end = self.position + 1
-        if self.instructions[first].opname == "PRECALL" and self._is_asked_about(self.position):
-            return None
-        while self.instructions[end].opname in _LOADS:
-            end += 1
-        value, start = self._loaded(end - 1)
-        is_argument = start == first and self.instructions[end].opname in ("PRECALL", "CALL")
-        return value if is_argument and self.instructions[end].arg == 1 else _UNKNOWN
-
-    def _is_asked_about(self, position: int) -> bool:
-        """Whether what is loaded at a position is the second argument of `isinstance`."""
-        start = self._loaded(position - 1)[1]
-        return self.instructions[start - 1].argval in ("isinstance", "issubclass")
-
-    def written(self) -> Any:
-        """Whose attribute is written, by `value.name = 1`, `value.name += 1` or `del value.name`."""
-        name, last = self.instructions[self.position].argval, self.position - 1
-        if self.instructions[last].opname == "SWAP":  # the owner, a copy of it, its attribute, and what is added
-            read = next(
-                (i for i in range(last, 1, -1) if _is_read_of_copy(self.instructions[i - 1 : i + 1], name)), None
-            )
-            return self._loaded(read - 2)[0] if read is not None else _UNKNOWN
-        return self._loaded(last)[0]
-
-    def _loaded(self, position: int) -> tuple[Any, int]:
-        """What the instructions up to a position have loaded, and where they start."""
-        instruction = self.instructions[position]
-        if self.instructions[position + 1].is_jump_target:  # of `a if c else b`, who knows which
-            return _UNKNOWN, position
-        match instruction.opname:
-            case "LOAD_CONST":
-                return instruction.argval, position
-            case "LOAD_FAST" | "LOAD_DEREF":
-                return self.frame.f_locals.get(instruction.argval, _UNKNOWN), position
-            case "LOAD_GLOBAL" | "LOAD_NAME":
-                spaces = (self.frame.f_locals, self.frame.f_globals, vars(builtins))
-                found = (space[instruction.argval] for space in spaces if instruction.argval in space)
-                return next(found, _UNKNOWN), position
-            case "LOAD_ATTR":
-                owner, start = self._loaded(position - 1)
-                return _plain_attribute(owner, instruction.argval), start
-            case "BINARY_SUBSCR":
-                index, start = self._loaded(position - 1)
-                values, start = self._loaded(start - 1)
-                return _plain_item(values, index), start
-        return _UNKNOWN, position
-
-
-_LOADS = {"LOAD_CONST", "LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "BINARY_SUBSCR"}
-
-
-def _plain_attribute(owner: Any, name: str) -> Any:
-    """An attribute that is there, without running anybody's code for it."""
-    if isinstance(owner, nn.Module):
-        for kept in (owner._modules, owner._parameters, owner._buffers):
-            if name in kept:
-                return kept[name]
-    value = inspect.getattr_static(owner, name, _UNKNOWN)
-    return _UNKNOWN if hasattr(type(value), "__get__") and not isinstance(value, type) else value
-
-
-def _plain_item(values: Any, index: Any) -> Any:
-    if type(values) in (nn.ModuleList, nn.Sequential) and type(index) is int:
-        values = [*values._modules.values()]
-    try:
-        return values[index] if type(values) in (list, tuple, dict) else _UNKNOWN
-    except (LookupError, TypeError):
-        return _UNKNOWN
-
-
-def _is_read_of_copy(pair: Sequence[dis.Instruction], name: str) -> bool:
-    copied, read = pair
-    return (copied.opname, read.opname, read.argval) == ("COPY", "LOAD_ATTR", name)
 
 
 def _is_of_builtins(before: dis.Instruction) -> bool:
@@ -390,7 +298,7 @@ def _catching(code: types.CodeType) -> tuple[tuple[int, int], ...]:
     """The offsets from which an error goes to an `except`; a `finally` passes it on."""
     if not code.co_exceptiontable:
         return ()
-    instructions = {one.offset: one.opname for one in _instructions(code)}
+    instructions = {one.offset: one.opname for one in instructions_of(code)}
     found = []
     for entry in dis._parse_exception_table(code):  # type: ignore[attr-defined]
         handler = [name for offset, name in instructions.items() if offset >= entry.target]

@@ -15,7 +15,7 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from .executing import inside_handler, watched
 from .interception import intercepted
 from .layers import described, is_layer, is_plain_layer, tensor_paths, whole_reason
 from .listening import OTHER_MODE, Listening, ambient
+from .notes import Asked
 from .proxies import Untraceable
 from .shapes import LAYER, SHAPE
 from .side_channels import Ledger
@@ -59,23 +60,6 @@ class _Frame:
     reason: str | None = None
 
 
-@dataclass
-class Asked:
-    """What the recorded forwards asked, beside sizes.
-
-    Attributes:
-        kinds: whether they asked for the data type or the device of a tensor.
-        way: whether they asked if they were being compiled or traced.
-        modes: the paths of the modules whose `training` they read.
-        facts: what is so of tensors that modules keep: by path, name and attribute, its value.
-    """
-
-    kinds: bool = False
-    way: bool = False
-    modes: dict[str, None] = field(default_factory=dict)
-    facts: dict[tuple[str, str, str], Any] = field(default_factory=dict)
-
-
 class Recorder:
     """Records one call of one root; see the module docstring.
 
@@ -92,12 +76,13 @@ class Recorder:
         also: tuple[Any, ...],
         marked: Collection[str],
         watches: bool,
+        names: frozenset[str] = frozenset(),
     ) -> None:
         self.root = root
         self.marked = marked
         self.ambient: tuple[object, ...] = ()
         self.opaque: dict[str, str] = {}
-        self.ledger = Ledger()
+        self.ledger = Ledger(names)
         self.asked = Asked()
         self.failed: dict[str, str] = {}
         self._forced, self._also, self._watches = forced, also, watches
@@ -158,6 +143,17 @@ class Recorder:
     def note_entered(self, code: types.CodeType, space: dict[str, Any]) -> None:
         """Code of the user's runs."""
         self.ledger.enters(self._frames[-1].path if self._frames else "", code, space)
+
+    def note_mentioned(self, watched: str, name: str, owner: tuple[Any, ...]) -> None:
+        """The forward mentions a name that is watched, as an attribute of the owner if that is known."""
+        if self.writer.writes:
+            self.writer.writes = False  # to ask is none of the forward's doing
+            self.ledger.mentions(watched, name, owner, self._paths)
+            self.writer.writes = True
+
+    def note_missed(self, name: str | None) -> None:
+        """Something had no such attribute, which the forward may have expected."""
+        self.ledger.misses(self._frames[-1].path if self._frames else "", name)
 
     def note_made(self, value: Any, is_new: bool = False) -> None:
         """An object was copied, or its `__init__` is about to run: it is the forward's own, if it has nothing yet."""

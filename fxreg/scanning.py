@@ -8,6 +8,8 @@ is not traced. That is more than needed and never less: reachable is taken for r
 import dis
 import functools
 import inspect
+import itertools
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -71,6 +73,7 @@ _ASKS = {
 }
 _MUTABLE = (list, dict, set)
 _CHANGING = PUTS | {"__setitem__", "setattr", "put"}
+_ATTRIBUTES = re.compile(r"\.(\w+)")
 
 
 _Result = TypeVar("_Result")
@@ -208,9 +211,17 @@ def _is_library(definition: Any) -> bool:
     return is_library(definition.__module__)
 
 
-def names_in(code: types.CodeType) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def names_in(code: types.CodeType) -> frozenset[str]:
     """Every name that code uses, other than of local variables."""
-    return {name for one in codes_in(code) for name in one.co_names}
+    return frozenset(name for one in codes_in(code) for name in (*one.co_names, *_matched(one)))
+
+
+def _matched(code: types.CodeType) -> Iterator[str]:
+    """The attributes that are asked for by `case Point(x=0)`."""
+    for one, after in itertools.pairwise(dis.get_instructions(code)):
+        if after.opname == "MATCH_CLASS":
+            yield from one.argval
 
 
 @functools.lru_cache(maxsize=4096)
@@ -220,9 +231,14 @@ def names_mentioned(code: types.CodeType) -> frozenset[str]:
 
 
 def _strings(code: types.CodeType) -> Iterator[str]:
-    """The constants in code that could be names."""
-    constants = (constant for one in codes_in(code) for constant in one.co_consts)
-    return (constant for constant in constants if isinstance(constant, str) and constant.isidentifier())
+    """The constants in code that could be names, or format strings that ask for some."""
+    constants = (constant for one in codes_in(code) for constant in one.co_consts if isinstance(constant, str))
+    return (name for constant in constants for name in names_in_text(constant))
+
+
+def names_in_text(text: str) -> list[str]:
+    """A string, if it could be a name; the attributes in it, if it could be one for `format`."""
+    return [text] if text.isidentifier() else _ATTRIBUTES.findall(text) if "{" in text else []
 
 
 @once_per_function

@@ -4,28 +4,36 @@ A traced forward reads attributes once, when it is traced. That is wrong where a
 with hooks of the user's own, writes them: whoever reads them must then run as it is, too.
 """
 
+import contextlib
+import itertools
+import operator
+import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from .mentions import asked
+from .notes import Mention
+from .packages import is_library
 from .reaching import reach
 from .scanning import (
     changes_containers,
     functions_behind,
     functions_of,
     global_names,
-    mentioned_names,
+    names_in,
     names_mentioned,
 )
 from .snapshots import Snapshot
 from .structure import PLAIN
-from .writes import Written
+from .writes import ANY, Written
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_ANY = frozenset(vars(nn.Module()))
 _VALUES = frozenset((*PLAIN, Tensor, nn.Parameter))
+_GETTERS = (operator.attrgetter, operator.methodcaller)
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 
@@ -41,11 +49,19 @@ class Ledger:
     Each record keeps the order in which it was made, so that what was noted since a mark can be forgotten.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watched: frozenset[str] = frozenset()) -> None:
+        """
+        Args:
+            watched: the names, and patterns of such, of which every mention will be told as it happens.
+        """
+        self.watched, self.unwatched = watched, set[str]()
+        self.settled: dict[tuple[str, str, str], Any] = {}
+        self._happened: dict[int, str | Mention] = {}
         self.modules: dict[str, nn.Module] = {}
         self.reads: dict[tuple[str, str, str], Any] = {}
         self.codes: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}  # by identity: equal is not same
         self._entered: dict[str, dict[int, types.CodeType]] = {}
+        self._missed: dict[str, set[str]] = {}
         self._running: dict[str, nn.Module] = {}
 
     def traced(self, path: str, module: nn.Module) -> None:
@@ -61,9 +77,29 @@ class Ledger:
         """The traced forward of `reader` read an attribute of the module at `path`."""
         self.reads.setdefault((reader, path, name), value)
 
+    def misses(self, path: str, name: str | None) -> None:
+        """The traced forward of the module at a path asked for an attribute that was not there, or it is not known for
+        which."""
+        self._missed.setdefault(path, set()).add(re.escape(name) if name else ANY)
+
     def runs(self, path: str, module: nn.Module) -> None:
         """A module will run as it is."""
         self._running.setdefault(path, module)
+        self._happened[len(self._happened)] = path
+
+    def mentions(self, watched: str, name: str, owner: tuple[Any, ...], paths: Mapping[nn.Module, str]) -> None:
+        """Code that is traced mentions a name that is watched.
+
+        Args:
+            owner: whose attribute it is there, if anybody knows.
+            paths: those of the model's modules.
+        """
+        mention = Mention(watched, name)
+        for one in owner:
+            with contextlib.suppress(Exception):
+                if isinstance(value := getattr(one, name, ...), PLAIN):
+                    mention = Mention(watched, name, one, paths.get(one) if isinstance(one, nn.Module) else None, value)
+        self._happened[len(self._happened)] = mention
 
     def runs_layer(self, path: str, module: nn.Module) -> None:
         """A layer of torch's own will run as it is: it matters if something of the user's runs in it."""
@@ -72,11 +108,11 @@ class Ledger:
 
     def mark(self) -> tuple[int, ...]:
         """Where the records stand."""
-        return (len(self.modules), len(self.reads), len(self._running))
+        return (len(self.modules), len(self.reads), len(self._running), len(self._happened))
 
     def forget(self, mark: tuple[int, ...]) -> None:
         """Drop what was noted since a mark."""
-        records: tuple[dict[Any, Any], ...] = (self.modules, self.reads, self._running)
+        records: tuple[dict[Any, Any], ...] = (self.modules, self.reads, self._running, self._happened)
         for record, length in zip(records, mark, strict=True):
             shorten(record, length)
 
@@ -100,19 +136,72 @@ class Ledger:
             return {}
         owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), nn.Module)]
         shared = Snapshot([*changing, *owners], also=hooks)
-        kept = state.names() | {name for _, _, name in self.reads} | class_attributes(self.modules.values())
-        kept |= global_names([*self._running.values()])
-        names = {name: path for path, one in written.items() for name in one.among(kept)}
-        found = {}
+        kinds = {*state.kinds, *map(type, self.modules.values())}
+        kept = state.names() | {name for _, _, name in self.reads} | class_attributes(kinds)
+        kept |= global_names([*self._running.values()]) | self._global_numbers()
+        of_objects = state.names(of_modules=False) | class_attributes(
+            one for one in state.kinds if not issubclass(one, nn.Module)
+        )  # what modules keep, and is read, is compared by what it is
+        written = {path: one._replace(names=one.names | (one.filled & of_objects)) for path, one in written.items()}
+        names = {name for one in written.values() for name in one.among(kept)}
+        computes = any("__getattr__" in vars(base) for kind in kinds for base in _own_bases(kind))
+        found, blind = {}, self._with_getters()
         for path, module in self.modules.items():
-            mentioned = mentioned_names(module).union(*map(names_mentioned, self._entered.get(path, {}).values()))
-            if common := sorted(mentioned & names.keys()):
-                found[path] = f"mentions {common[0]!r}, which {names[common[0]]!r} may write when it runs"
+            codes = [*(one.__code__ for one in functions_of(module)), *self._entered.get(path, {}).values()]
+            said = frozenset().union(*map(names_in, codes))
+            is_blind = path in blind
+            asks = asked(codes).union(Written.of([ANY] if is_blind else self._missed.get(path, ())))
+            mentioned = names.intersection(itertools.chain(*map(names_mentioned, codes)))
+            for one in written.values():
+                mentioned |= (one.among(said) if computes else one.names & said) | one.meeting(asks)
+            writers = {name: [path for path, one in written.items() if one.may_be(name)] for name in mentioned}
+            if common := sorted(name for name in mentioned if is_blind or not self._is_settled(name, writers[name])):
+                found[path] = f"mentions {common[0]!r}, which {writers[common[0]][-1]!r} may write when it runs"
         for (reader, path, name), value in self.reads.items():
             if shared.holds(value):
                 where = ".".join(filter(None, (path, name)))
                 found.setdefault(reader, f"reads {where!r}, which may change when the model runs")
         return found
+
+    def _with_getters(self) -> set[str]:
+        """The paths of the traced modules that have functions made to get attributes: nothing says when they do."""
+        codes = {
+            id(code)
+            for code, space in self.codes.values()
+            if any(isinstance(space.get(name), _GETTERS) for name in names_in(code))
+        }
+        found = {path for path, entered in self._entered.items() if not codes.isdisjoint(entered)}
+        return found | {reader for (reader, _, _), value in self.reads.items() if isinstance(value, _GETTERS)}
+
+    def _global_numbers(self) -> set[str]:
+        """The global variables with plain values that the traced code says."""
+        spaces = self.codes.values()
+        return {name for code, space in spaces for name in names_in(code) if isinstance(space.get(name, space), PLAIN)}
+
+    def _is_settled(self, name: str, writers: list[str]) -> bool:
+        """Whether all that was read under a name was read before anyone ran who may write it, and known places keep it,
+        as they did before. What they keep can then be asked before the next call."""
+        if name not in self.watched:
+            self.unwatched.add(name)
+            return False
+        found = {}
+        has_run = False
+        for one in self._happened.values():
+            if isinstance(one, str):
+                has_run |= one in writers
+            elif one.watched == name:
+                place = self._place(one)
+                if has_run or place is None or not one.is_still():
+                    return False
+                found[*place, one.name] = one.value
+        self.settled |= found
+        return True
+
+    def _place(self, mention: Mention) -> tuple[str, str] | None:
+        """The path of a module that has an attribute, or that and an attribute that was read of it, which has."""
+        if mention.path is not None:
+            return mention.path, ""
+        return next(((path, kept) for (_, path, kept), value in self.reads.items() if value is mention.owner), None)
 
 
 def _is_inert(module: nn.Module) -> bool:
@@ -128,10 +217,13 @@ def _leads_on(kept: Any) -> bool:
     return any(map(_leads_on, kept)) if type(kept) in (tuple, list) else type(kept) not in _VALUES
 
 
-def class_attributes(modules: Iterable[nn.Module]) -> set[str]:
-    """What the modules' own classes define: an attribute of an instance may hide it later."""
-    bases = {base for kind in {type(module) for module in modules} for base in kind.__mro__}
-    return {name for base in bases if not base.__module__.startswith("torch.") for name in vars(base)}
+def class_attributes(kinds: Iterable[type]) -> set[str]:
+    """What classes of the user's define: an attribute of an instance may hide it later."""
+    return {name for kind in kinds for base in _own_bases(kind) for name in vars(base)}
+
+
+def _own_bases(kind: type) -> Iterator[type]:
+    return (base for base in kind.__mro__ if not is_library(base.__module__))
 
 
 def shorten(record: dict[Any, Any], length: int) -> None:

@@ -37,6 +37,9 @@ class Snapshot:
 
     Tensors' values are remembered only on request: a tracer runs nothing that changes them. So are other modules that
     are met on the way, children included.
+
+    Attributes:
+        kinds: the types of what is remembered, and of what keeps it.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Snapshot:
         other_modules: bool = False,
     ) -> None:
         self._held: dict[int, tuple[Any, Any]] = {}  # by identity, a value and a copy of its state
+        self.kinds: set[type] = set()
         self._empty: dict[int, Any] = {}  # containers with nothing in them: every module has a dozen
         self._found_in: dict[int, int] = {}  # by identity, what holds a value; names are made of it when needed
         waiting: list[Any] = [*also]
@@ -62,6 +66,7 @@ class Snapshot:
                 continue
             if isinstance(value, Tensor) and not (with_values and _can_be_compared(value)):
                 continue
+            self.kinds.add(type(value))
             before = _state(value)
             if before is not None:
                 self._held[id(value)] = (value, before)
@@ -79,10 +84,12 @@ class Snapshot:
         """Whether a value is among what is remembered."""
         return id(value) in self._held or id(value) in self._empty
 
-    def names(self) -> set[str]:
-        """The name of every attribute, parameter and child of what is remembered."""
+    def names(self, of_modules: bool = True) -> set[str]:
+        """The name of every attribute, parameter and child of what is remembered, or only of what is no module."""
         found: set[str] = set()
         for identity, (value, before) in self._held.items():
+            if not of_modules and isinstance(before, dict) and "_modules" in before:
+                continue
             of_object = self._found_in.get(identity, identity) not in self._held or not isinstance(value, dict)
             if isinstance(before, dict) and (self._roots.get(identity) or of_object):
                 registries = (before.get(name) for name in ("_modules", "_parameters", "_buffers"))

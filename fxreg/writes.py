@@ -4,16 +4,20 @@ import dis
 import itertools
 import re
 import types
-from collections.abc import Collection, Iterable, Iterator
-from typing import NamedTuple, Self
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
-from .enclosed import codes_in
+from .enclosed import FILLS, begin, codes_in, names_in_code
+from .packages import is_installed
 from .scanning import names_mentioned, once_per_function
 
 _STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
 _SETTERS = {"setattr": 3, "delattr": 2}
 _BY_NAME = {"__setattr__", "__delattr__", "vars", "__dict__", "globals"}
-_ANY = ".*"
+_ALL = {("LOAD_GLOBAL", "exec"), ("LOAD_GLOBAL", "eval"), ("STORE_ATTR", "__class__")}
+"""What may change all attributes at once."""
+ANY = ".*"
+_READS = ("LOAD_ATTR", "LOAD_METHOD")
 _JUMPS = {*dis.hasjrel, *dis.hasjabs}
 
 
@@ -23,29 +27,52 @@ class Written(NamedTuple):
     Attributes:
         names: those that it says.
         patterns: regular expressions of those that it puts together.
+        filled: the attributes with containers into which it puts something.
     """
 
     names: frozenset[str]
     patterns: frozenset[str] = frozenset()
+    filled: frozenset[str] = frozenset()
 
     def among(self, names: Collection[str]) -> set[str]:
         """Those of some names that are among them."""
         fits = re.compile("|".join(sorted(self.patterns)) or r"(?!)", re.DOTALL).fullmatch
         return {name for name in names if name in self.names or fits(name)}
 
+    def may_be(self, name: str) -> bool:
+        """Whether a name, or a pattern, is among them."""
+        return name in self.patterns or bool(self.among((name,)))
+
+    def union(self, other: "Written") -> "Written":
+        """What one of two may be."""
+        return Written(*map(frozenset.union, self, other))
+
+    def meeting(self, asked: "Written") -> set[str]:
+        """The names among them that others may be, which code asks for; and the patterns, if it asks for such, too."""
+        return self.among(asked.names) | asked.among(self.names) | (set(self.patterns) if asked.patterns else set())
+
     @classmethod
     def by(cls, functions: Iterable[types.FunctionType]) -> Self:
         """What any of some functions may write."""
         each = [*map(_written, functions)]
-        return cls(frozenset().union(*(one.names for one in each)), frozenset().union(*(one.patterns for one in each)))
+        return cls(*(frozenset().union(*(one[place] for one in each)) for place in range(3)))
+
+    @classmethod
+    def of(cls, patterns: Iterable[str], names: Iterable[str] = ()) -> Self:
+        """Some names, and patterns, of which those that are names are taken for such."""
+        plain = {one for one in patterns if one.isidentifier()}
+        return cls(frozenset(names) | plain, frozenset(patterns) - plain)
 
 
 @once_per_function
 def _written(function: types.FunctionType) -> Written:
     own = function.__code__.co_varnames[:1] if function.__name__ == "__init__" else ()
-    names, patterns = set[str](), set[str]()
+    names, patterns, filled = set[str](), set[str](), set[str]()
     for code in codes_in(function.__code__):
+        if not is_installed(function.__module__):  # what packages keep in containers is taken for constant
+            names |= names_in_code(code).filled
         instructions = [*dis.get_instructions(code)]
+        filled.update(_filled(instructions))
         before = None
         for one in instructions:
             is_new = before is not None and before.opname == "LOAD_FAST" and before.argval in own
@@ -53,28 +80,48 @@ def _written(function: types.FunctionType) -> Written:
                 names.add(str(one.argval))
             before = one
         patterns.update(_by_name(code, instructions))
-    return Written(frozenset(names), frozenset(patterns))
+    return Written.of(patterns, names)._replace(filled=frozenset(filled))
+
+
+def _filled(instructions: list[dis.Instruction]) -> Iterator[str]:
+    """The attributes with the containers into which something is put."""
+    last: dict[Any, str] = {}  # of an expression, by where it begins
+    for one in instructions:
+        place = begin(one)
+        if one.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") or (one.opname in _READS and one.argval in FILLS):
+            yield from (last[place],) if place in last else ()
+        elif one.opname in _READS:
+            last[place] = one.argval
 
 
 def _by_name(code: types.CodeType, instructions: list[dis.Instruction]) -> Iterator[str]:
     """A pattern for each place that may write by a name which is a value like any other."""
     if _BY_NAME & names_mentioned(code) or _SETTERS.keys() & set(code.co_consts):
-        yield _ANY
+        yield ANY
     for at, one in enumerate(instructions):
-        if one.argval in _SETTERS and one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield _pattern(_arguments(instructions[at + 1 :], _SETTERS[one.argval])[1])
+        if (one.opname, one.argval) in _ALL:
+            yield ANY
+        elif one.argval in _SETTERS and one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield pattern(argument(instructions[at + 1 :], {_SETTERS[one.argval]: 1}))
         elif one.argval in _SETTERS and one.opname != "LOAD_CONST":
-            yield _ANY
+            yield ANY
 
 
-def _pattern(value: list[dis.Instruction]) -> str:
+def argument(following: Sequence[dis.Instruction], places: Mapping[int, int]) -> list[dis.Instruction]:
+    """The instructions for one argument of the call of a function that was just loaded: by how many it is given, which.
+    None if they cannot be told."""
+    found = (_arguments([*following], count)[place] for count, place in places.items())
+    return next(filter(None, found), [])
+
+
+def pattern(value: list[dis.Instruction]) -> str:
     """A regular expression for the strings that instructions may give."""
     match value:
         case [dis.Instruction(opname="LOAD_CONST", argval=str() as name)]:
             return re.escape(name)
         case [*parts, dis.Instruction(opname="BUILD_STRING", arg=int() as count)]:
-            return "".join(map(_pattern, _operands(parts, count)))
-    return _ANY
+            return "".join(map(pattern, _operands(parts, count)))
+    return ANY
 
 
 def _arguments(instructions: list[dis.Instruction], count: int) -> list[list[dis.Instruction]]:

@@ -39,7 +39,7 @@ TESTED = (
 )  # fmt: skip
 QUICK = ("vit",)
 COMPILED = ("bert", "lfm2", "mpt", "pegasus", "resnet")
-IN_PIECES = ("parakeet",)
+IN_PIECES = ("informer", "parakeet")
 """Where what breaks the graph stays one call, and the penalties are in a graph with what follows."""
 WITH_INDUCTOR = ("albert",)
 VISIBLE = {"encodec": 0.09, "recurrent_gemma": 0.28}  # of the layers
