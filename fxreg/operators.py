@@ -32,6 +32,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function, unwrap_dead_wrappers
 from torch._guards import TracingContext  # private: what is being compiled
+from torch._subclasses.functional_tensor import FunctionalTensor  # private: what AOTAutograd traces with
 from torch.autograd.function import _SingleLevelFunction
 
 from .errors import RuleError
@@ -214,27 +215,43 @@ class _Attach(_SingleLevelFunction):
 
 
 class _Deferred(_SingleLevelFunction):
-    """A penalty whose value nobody asked for: costs nothing forward, adds its closed-form gradient backward."""
+    """A penalty whose value nobody asked for: costs nothing forward, adds its closed-form gradient backward; or leaves
+    that to a hook on the weight, which finds in `left` what it needs."""
 
     @staticmethod
-    def forward(gradient: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        gradient: Formula, arguments: dict[str, Any], left: list[Any] | None, weight: Tensor, *tensors: Tensor
+    ) -> Tensor:
         return weight.new_zeros((), dtype=accumulation_dtype(weight.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.formula, ctx.arguments, *tensors = inputs
+        ctx.formula, ctx.arguments, ctx.left, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:
         weight, *tensors = ctx.saved_tensors
-        wide = cast(weight.detach(), accumulation_dtype(weight.dtype))
-        gradient = cast(ctx.formula(seed, wide, tuple(tensors), ctx.arguments), weight.dtype)
-        return (None, None, gradient, *(None for _ in tensors))
+        if ctx.left is None:
+            gradient = _narrow(ctx.formula, ctx.arguments, seed, weight, tensors)
+        else:
+            ctx.left.append((seed, weight, tensors))
+            gradient = torch.zeros_like(weight)  # so that the hook runs, whether or not the loss depends on the weight
+        return (None, None, None, gradient, *(None for _ in tensors))
 
     @staticmethod
-    def jvp(ctx: Any, gradient: None, arguments: None, weight: Tensor | None, *tensors: Tensor | None) -> None:
+    def jvp(
+        ctx: Any, gradient: None, arguments: None, left: None, weight: Tensor | None, *tensors: Tensor | None
+    ) -> None:
         return None
+
+
+def _narrow(
+    gradient: Formula, arguments: dict[str, Any], seed: Tensor, weight: Tensor, tensors: Sequence[Tensor]
+) -> Tensor:
+    """A penalty's gradient in the weight's dtype, computed at least in float32."""
+    wide = cast(weight.detach(), accumulation_dtype(weight.dtype))
+    return cast(gradient(seed, wide, tuple(tensors), arguments), weight.dtype)
 
 
 class _Pulled(_SingleLevelFunction):
@@ -298,8 +315,29 @@ class _JointlyPulled(_SingleLevelFunction):
 
 def deferred(gradient: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:
     """A zero whose backward adds `gradient(seed, weight, tensors, arguments)` to the weight's gradient."""
-    result: Tensor = _apply(_Deferred, gradient, arguments, weight, *map(_now, tensors))
+    left: list[Any] | None = [] if _is_compiled_input(weight) else None
+    result: Tensor = _apply(_Deferred, gradient, arguments, left, weight, *map(_now, tensors))
+    if left is not None:
+
+        def subtract(grad: Tensor) -> Tensor:
+            # The negative: Inductor turns `mm + r` into addmm, which writes r and reads it back.
+            for seed, *met in left:
+                grad = grad - _narrow(gradient, arguments, -seed, *met)
+            left.clear()
+            return grad
+
+        weight.register_hook(subtract)  # type: ignore[no-untyped-call]
     return result
+
+
+def _is_compiled_input(weight: Tensor) -> bool:
+    """Whether AOTAutograd traces, and a tensor comes from outside of what it traces: nobody else has hooks on it, and
+    none of them outlives the trace."""
+    if TracingContext.try_get() is None or type(weight) is not FunctionalTensor or _are_functorch_transforms_active():
+        return False
+    return (
+        weight.grad_fn is None or weight.grad_fn.name() == "torch::autograd::Error"
+    )  # what stands for its history there
 
 
 def pulled(pull: Formula, arguments: dict[str, Any], weight: Tensor, *tensors: Tensor) -> Tensor:

@@ -153,6 +153,68 @@ def test_the_forward_pass_reads_no_weight_for_a_penalty_whose_value_nobody_asked
     assert not {op for op in work if "sum" in op or "abs" in op or "mul" in op or "pow" in op}
 
 
+class Odd(nn.Module):
+    """A weight used twice, one the loss does not reach, one that a buffer's update depends on, a view, a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.unused, self.frozen = (nn.Linear(5, 5) for _ in range(4))
+        self.frozen.requires_grad_(False)
+        self.register_buffer("last", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.b(self.a(self.frozen(x)).tanh())
+        with torch.no_grad():
+            self.last.copy_(self.unused(y)[0])
+        return self.a(y) + x @ self.b.weight.t()[:, :5], self.unused(x.detach()).detach()
+
+
+ODD_RULES = [
+    fxreg.Rule(fxreg.l1(0.1), param="weight"),
+    fxreg.Rule(fxreg.l2(0.2), exclude="frozen.*"),
+    fxreg.Rule(fxreg.group_lasso(0.3), name="b", param="weight"),
+    fxreg.Rule(fxreg.clip_norm(0.5), name="a", param="weight"),
+]
+
+
+def odd_penalty(model: nn.Module) -> Tensor:
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    l1 = sum(p.abs().sum() for n, p in named.items() if n.endswith("weight"))
+    groups = named["b.weight"].norm(dim=1).sum()
+    return 0.1 * l1 + 0.2 * sum(p.square().sum() for p in named.values()) + 0.3 * groups
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("clips", [False, True])
+def test_hooks_of_a_compilation_give_every_weight_its_penalty_once(backend: str, calls: int, clips: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Odd(), torch.randn(3, 5)
+    gm = fxreg.transform(model, ODD_RULES if clips else ODD_RULES[:-1])
+
+    def losses(module: nn.Module) -> Tensor:
+        return sum(((k + 1) * module(x + k)[0]).square().sum() for k in range(calls))  # type: ignore[return-value]
+
+    compiled = torch.compile(losses, backend=backend, fullgraph=True)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for _ in range(2):
+        found = torch.autograd.grad(compiled(gm), list(parameters.values()))
+        actual: Any = dict(zip(parameters, found, strict=True))
+        expected: Any = {n: torch.zeros_like(p) for n, p in parameters.items()}
+        for k in range(calls):
+            one = ((k + 1) * model(x + k)[0]).square().sum()
+            got = torch.autograd.grad(one, list(parameters.values()), allow_unused=True)
+            for (name, parameter), gradient in zip(parameters.items(), got, strict=True):
+                if gradient is not None and clips and name == "a.weight":
+                    gradient = gradient * (0.5 / (gradient.norm() + 1e-6)).clamp(max=1.0)
+                expected[name] += 0 if gradient is None else gradient
+                (own,) = torch.autograd.grad(odd_penalty(model), [parameter])
+                expected[name] += own
+        assert_same(actual, expected, 1e-4)
+        assert all(not p._backward_hooks for p in model.parameters())
+
+
 def test_compiled_no_grad_graph_holds_no_penalty() -> None:
     model, (x,) = build("mlp")
     gm = fxreg.transform(model, terms_rules("penalty"))
