@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .ambient import ambient, kept_answer
-from .enclosed import PUTS, codes_in, defaults, enclosed, slots
+from .enclosed import PUTS, codes_in, defaults, enclosed, names_in_code, slots
 from .hearing import untold
 from .packages import is_library
 
@@ -190,8 +190,8 @@ def _reached(owners: tuple[type, ...], start: tuple[Any, ...]) -> tuple[types.Fu
         found[function] = None
         waiting += enclosed(function)
         waiting.append(getattr(function, "__wrapped__", None))
+        waiting += map(function.__globals__.get, names_in_code(function.__code__).read)
         for name in names_in(function.__code__):
-            waiting.append(function.__globals__.get(name))
             waiting += [inspect.getattr_static(owner, name, None) for owner in owners]
     return tuple(found)
 

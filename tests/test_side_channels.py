@@ -321,3 +321,27 @@ def test_names_that_code_may_write(body: str, expected: str) -> None:
     exec(f"def function(x, y, z, f):\n    {body}", space)
     written = Written.by([space["function"]])
     assert written.among(["gain", "green", "main", "shift"]) == {*expected.split()}
+
+
+def shift(model: nn.Module) -> None:
+    """Has the name of an attribute, and nothing to do with it."""
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def test_a_global_function_is_not_the_attribute_of_its_name() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.shift
+
+    class Cleared(Shifted):
+        def forward(self, x: Tensor) -> Tensor:
+            shift(self)
+            return x + self.shift
+
+    assert not fxreg.explain(fxreg.transform(Shifted(), L1)).opaque
+    assert "shift writes the attribute 'grad'" in fxreg.explain(fxreg.transform(Cleared(), L1)).opaque[""]
