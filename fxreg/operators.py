@@ -380,8 +380,11 @@ def _drawn(stream: Tensor) -> Tensor:
 
 
 def _attach(outputs: Sequence[Tensor], penalties: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
-    bases = [id(output._base) if output._is_view() else id(output) for output in outputs]
-    aliased = [bases.count(base) > 1 for base in bases]
+    bases = [output if output._base is None else output._base for output in outputs]
+    numbers = [*map(id, bases)]
+    # A parameter, or a view of one: autograd raises for a write into it, which detached it would go through.
+    is_eager = TracingContext.try_get() is None and not _are_functorch_transforms_active()
+    aliased = [numbers.count(id(base)) > 1 or (is_eager and base.is_leaf) for base in bases]
     source = _apply(_Source, _now(scale).reshape(()), *penalties)
     return [_apply(_Attach, shared, output, source) for shared, output in zip(aliased, outputs, strict=True)]
 

@@ -4,6 +4,7 @@ The reference is always the sum written by hand on the original model, in float6
 """
 
 import collections
+import copy
 import dataclasses
 import itertools
 import types
@@ -942,6 +943,75 @@ def test_a_write_into_an_output_that_shares_memory_with_another_raises(opaque: b
         whole.mul_(3)
     with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
         row.mul_(3)
+
+
+@pytest.mark.parametrize("how", [lambda weight: weight, lambda weight: weight.view(-1)[1:]], ids=["itself", "a view"])
+def test_a_write_into_a_parameter_that_is_an_output_raises_as_it_does_without_rules(how: Any) -> None:
+    class Giving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Any:
+            return x * self.weight, how(self.weight)
+
+    model = Giving()
+    for module in (model, fxreg.transform(model, fxreg.Rule(fxreg.l1(STRENGTH)))):
+        with pytest.raises(RuntimeError, match=r"a leaf Variable that requires grad|is being modified inplace"):
+            module(torch.ones(3))[1].mul_(2)
+        assert torch.equal(model.weight, torch.ones(3))
+
+
+# What compiled code reaches, and what an optimizer makes of the loss.
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x), self.other(x)
+
+
+def test_compiled_what_is_in_one_graph_is_reached() -> None:
+    """As by torch.compile alone, a gradient is 0 there that is None in eager mode, and via="gradient" adds to it."""
+    found = {}
+    for via in (None, "gradient"):
+        for compiled in (False, True):
+            model = TwoHeads()
+            module: Any = model if via is None else fxreg.transform(model, fxreg.Rule(fxreg.l2(0.5), via=via))
+            module = torch.compile(module, backend="aot_eager") if compiled else module
+            module(torch.ones(1, 3))[0].sum().backward()
+            grad, weight = model.other.weight.grad, model.other.weight.detach()
+            found[via, compiled] = None if grad is None else "zero" if not grad.any() else torch.equal(grad, weight)
+    assert found == {(None, False): None, (None, True): "zero", ("gradient", False): None, ("gradient", True): True}
+
+
+@pytest.mark.parametrize("emit", ["backward", "output"])
+def test_a_line_search_needs_the_penalty_in_the_loss(emit: Any) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3).double(), torch.randn(8, 1).double()
+
+    def trained(module: nn.Module, penalty: Callable[[], Tensor] | None) -> Tensor:
+        optimizer = torch.optim.LBFGS(module.parameters(), line_search_fn="strong_wolfe", max_iter=20)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            output = module(x)
+            loss = output[1] if isinstance(output, tuple) else torch.zeros(()) if penalty is None else penalty()
+            loss = loss + ((output[0] if isinstance(output, tuple) else output) - y).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+        return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+    start = nn.Linear(3, 1).double()
+    plain, model = copy.deepcopy(start), copy.deepcopy(start)
+    expected = trained(plain, lambda: 0.3 * sum((p * p).sum() for p in plain.parameters()))
+    actual = trained(fxreg.transform(model, fxreg.Rule(fxreg.l2(0.3)), emit=emit), None)
+    assert torch.allclose(actual, expected, rtol=1e-4) == (emit == "output")
 
 
 # What cannot be attached to raises.
