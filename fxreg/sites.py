@@ -88,12 +88,6 @@ AnySite: TypeAlias = Site | ActivationSite
 
 def check_paths(model: nn.Module) -> None:
     """Raise unless every module has paths of its own, by which rules can mean it."""
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        raise CaptureError(
-            "the model is compiled already, and in it everything has another name. Transform the model that "
-            "torch.compile was given (model._orig_mod), and compile what comes of it: "
-            "torch.compile(fxreg.transform(model, rules))."
-        )
     if path := _path_inside_itself(model, "", set(), set()):
         raise CaptureError(
             f"the model's module {path!r} is inside itself, so that its paths never end. Take it out, or keep it in an "

@@ -10,6 +10,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from .errors import CaptureError
+from .operators import not_traced
 
 
 def call_swapped(
@@ -45,6 +46,7 @@ _taken: dict[int, int] = {}
 """The dictionaries of parameters that stand-ins are in, and the threads that put them there."""
 
 
+@not_traced
 def _take(places: list[dict[str, Any]], what: str) -> list[int]:
     """Note that stand-ins come to some places; returns those that had none.
 

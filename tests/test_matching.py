@@ -444,11 +444,11 @@ def test_a_module_inside_itself_is_refused(place: str, take: Callable[..., objec
 
 
 @pytest.mark.parametrize("take", EVERYWHERE)
-def test_a_compiled_model_is_refused(take: Callable[..., object]) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Linear(2, 2), backend="eager"))
-    take(model, [])  # a part may be compiled
-    with pytest.raises(fxreg.CaptureError, match=r"is compiled already.*Transform the model.*_orig_mod"):
-        take(torch.compile(model, backend="eager"), [fxreg.Rule(fxreg.l1(0.1))])
+def test_a_compiled_model_has_its_own_names(take: Callable[..., object]) -> None:
+    model = torch.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), backend="eager")
+    take(model, [fxreg.Rule(fxreg.l1(0.1), layer="Linear", name="_orig_mod.0")])
+    with pytest.raises(fxreg.MatchError, match=r"nearest modules: .*'_orig_mod\.0'"):
+        take(model, [fxreg.Rule(fxreg.l1(0.1), name="0")])
 
 
 @pytest.mark.parametrize("take", [fxreg.explain, fxreg.lint])
