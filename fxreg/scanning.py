@@ -288,13 +288,13 @@ def code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
 
 
 def _may_change_a_global(function: types.FunctionType) -> bool:
-    names = names_in(function.__code__)
+    names = names_in_code(function.__code__).read
     containers = any(isinstance(function.__globals__.get(name), _MUTABLE) for name in names)
     return containers and _may_change_containers(function)
 
 
 def _changes_a_global(code: types.CodeType, space: dict[str, Any]) -> bool:
-    containers = any(isinstance(space.get(name), _MUTABLE) for name in code.co_names)
+    containers = any(isinstance(space.get(name), _MUTABLE) for name in names_in_code(code).read)
     return containers and _changes_containers(code)
 
 

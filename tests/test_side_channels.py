@@ -329,6 +329,31 @@ def shift(model: nn.Module) -> None:
         parameter.grad = None
 
 
+layers: list[int] = []
+"""Likewise."""
+
+
+def test_a_global_container_is_not_the_attribute_of_its_name() -> None:
+    class Layered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(3, 3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = []
+            for layer in self.layers:
+                found.append(layer(x))
+            return torch.cat(found)
+
+    class Counted(Layered):
+        def forward(self, x: Tensor) -> Tensor:
+            layers.append(1)
+            return self.layers[0](x)
+
+    assert not fxreg.explain(fxreg.transform(Layered(), L1)).opaque
+    assert "changes a global container" in fxreg.explain(fxreg.transform(Counted(), L1)).opaque[""]
+
+
 def test_a_global_function_is_not_the_attribute_of_its_name() -> None:
     class Shifted(nn.Module):
         def __init__(self) -> None:
