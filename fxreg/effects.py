@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import operators
 from .arguments import Argument, ByName, are_equal, checked_strength, coerced, read_arguments, schema, signature
+from .defining import define
 from .errors import RuleError
 from .fingerprints import Fingerprint
 from .formulas import GradientFormula, PenaltyFormula, ProximalFormula, as_given, misfit
@@ -333,11 +334,9 @@ class Penalty(Definition[P]):
             seed = operators.scalar(scale).to(grad)
             return formula.added(grad, seed, weight, dict(zip(names, strengths, strict=True)), arguments)
 
-        self.operator = operators.define(
-            self.name, self.fingerprint, self.schema("Tensor weight", tail="bool value=True"), value
-        )
+        self.operator = define(self.name, self.fingerprint, self.schema("Tensor weight", tail="bool value=True"), value)
         if formula.closed_form is not None:
-            self.gradient_operator = operators.define(
+            self.gradient_operator = define(
                 f"{self.name}_gradient",
                 self.fingerprint,
                 self.schema("Tensor weight", "Tensor scale"),
@@ -374,7 +373,7 @@ class Gradient(Definition[P]):
 
     def _define_operators(self) -> None:
         if self.detach:
-            self.operator = operators.define(
+            self.operator = define(
                 self.name, self.fingerprint, "(Tensor weight, Tensor scale) -> Tensor", lambda w, scale: w.detach()
             )
             return
@@ -390,9 +389,7 @@ class Gradient(Definition[P]):
                 operators.advance(tensors[stream_at])
             return operators.pulled(pull, as_given(arguments), weight, *tensors)
 
-        self.operator = operators.define(
-            self.name, self.fingerprint, self.schema("Tensor weight", "Tensor scale"), gradient
-        )
+        self.operator = define(self.name, self.fingerprint, self.schema("Tensor weight", "Tensor scale"), gradient)
 
 
 def strength_name(label: str, effect: Effect, own: str) -> str:

@@ -27,8 +27,8 @@ from .enclosed import Names, defaults, entries, names_in_code
 from .packages import edition
 
 NUMERICS = (
-    "activations", "anchors", "arguments", "constraints", "effects", "formulas", "functions", "gradients", "groups",
-    "hashing", "joining", "kernels", "matrices", "nonconvex", "norms", "operators", "regularizers",
+    "activations", "anchors", "arguments", "constraints", "defining", "effects", "formulas", "functions", "gradients",
+    "groups", "hashing", "joining", "kernels", "matrices", "nonconvex", "norms", "operators", "regularizers",
 )  # fmt: skip
 """The modules of fxreg's that run inside an operator, and those of the formulas."""
 

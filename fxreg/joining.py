@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import operators
 from .arguments import Argument
+from .defining import define
 from .effects import Definition, Effect
 from .errors import RuleError
 from .formulas import JointFormula, as_given
@@ -48,7 +49,7 @@ class Joint(Definition[P]):
             scale, *live = tensors
             return formula.transform(grads, weights, scale, dict(zip(names, live, strict=True)), arguments)
 
-        self.operator = operators.define(
+        self.operator = define(
             self.name,
             self.fingerprint,
             f"{self.schema('Tensor[] weight', 'Tensor scale')}[]",

@@ -44,7 +44,7 @@ def match(model: nn.Module, rules: tuple[Rule, ...]) -> tuple[Match, ...]:
     Raises:
         RuleError: a class name found neither in `torch.nn` nor in the model; a `where` that fails.
         MatchError: a rule that matches nothing, a duplicate, two rules of one label, a penalty on a frozen site.
-        CaptureError: a model that is compiled, or inside itself.
+        CaptureError: a model that is inside itself.
     """
     for definition in {rule.effect.definition for rule in rules}:
         definition.refresh()
@@ -60,7 +60,7 @@ def select(model: nn.Module, rules: tuple[Rule, ...]) -> Iterator[Match]:
     """What every rule selects; whether its effect can act there is not asked.
 
     Raises:
-        CaptureError: a model in which names do not mean what they seem to.
+        CaptureError: a model that is inside itself.
         RuleError, MatchError: a class name that is unknown, a `where` that fails, labels, an undecided class.
     """
     check_paths(model)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import calls, operators, penalty_calls
+from . import calls, penalty_calls
+from .defining import NAMESPACE
 from .errors import MatchError
 from .hidden_uses import reached
 from .inserting import Insertion
@@ -192,7 +193,7 @@ def _at(into: Insertion, places: Places, edit: PenalizeActivation, spot: Spot) -
 def _described(into: Insertion, edit: PenalizeActivation) -> tuple[Any, ...]:
     """What `penalty_calls.penalize` is told of a penalty."""
     target, strengths, kwargs = into.formula(edit)
-    name = target.name().removeprefix(f"{operators.NAMESPACE}::")
+    name = target.name().removeprefix(f"{NAMESPACE}::")
     return name, strengths, kwargs, edit.reduction, f"rule {edit.label!r}, {edit.site}"
 
 

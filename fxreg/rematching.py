@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .defining import not_traced
 from .errors import CaptureError
 from .kinds import qualified
 from .layouts import Glance, Layout, Meaning, layout_of
 from .matching import select
 from .module import CHILD, RegularizedModule, State, state_of
-from .operators import not_traced
 from .planning import OnParameter, Plan, PullBack, plan
 from .resolving import narrow
 from .rules import Rule

@@ -9,8 +9,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from .defining import not_traced
 from .errors import CaptureError
-from .operators import not_traced
 
 
 def call_swapped(

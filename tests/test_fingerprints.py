@@ -17,7 +17,7 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 import fxreg
-from fxreg import operators, packages
+from fxreg import defining, operators, packages
 from fxreg.fingerprints import NUMERICS, Fingerprint
 from fxreg.packages import edition
 
@@ -467,14 +467,15 @@ def test_every_operator_has_the_numerics_in_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_runs_inside_operators_is_in_their_names() -> None:
-    """Of every effect, forward and backward: whatever is called from the file that has them all."""
+    """Of every effect, forward and backward: whatever is called from the files that have them all."""
     package, found = Path(operators.__file__).parent, set[str]()
+    begin = {Path(defining.__file__), Path(operators.__file__)}
     depth = 0
 
     def profile(frame: types.FrameType, event: str, _: object) -> None:
         nonlocal depth
         path = Path(frame.f_code.co_filename)
-        if event in ("call", "return") and path == Path(operators.__file__):
+        if event in ("call", "return") and path in begin:
             depth += 1 if event == "call" else -1
         if event == "call" and depth and path.parent == package:
             found.add(path.stem)
@@ -488,7 +489,11 @@ def test_what_runs_inside_operators_is_in_their_names() -> None:
         finally:
             sys.setprofile(None)
     assert depth == 0
-    assert {"operators", "formulas", "effects", "joining", "norms", "hashing", "groups"} <= found <= {*NUMERICS}
+    assert (
+        {"defining", "operators", "formulas", "effects", "joining", "norms", "hashing", "groups"}
+        <= found
+        <= {*NUMERICS}
+    )
 
 
 def test_a_fingerprint_is_an_identifier_and_tells_kinds_apart() -> None:

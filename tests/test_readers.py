@@ -18,28 +18,13 @@ from torch import Tensor, nn
 import fxreg
 
 from .marks import slow_but
+from .test_mentions import L1, LOUD, QUIET, Region
 
-L1 = fxreg.Rule(fxreg.l1(0.01))
-QUIET, LOUD = torch.ones(3, 4), torch.full((3, 4), 100.0)
 KEY = "gain"
 GETTER = operator.attrgetter(KEY)
 GLOBALS = types.SimpleNamespace(gain=2.0)
 BOX = [2.0]
 VARIABLE = contextvars.ContextVar("VARIABLE", default=2.0)
-
-
-class Region(nn.Module):
-    """Runs as it is, and writes on loud inputs."""
-
-    def __init__(self, config: Any, write: Callable[[Any], None]) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.config, self.write = config, write
-
-    def forward(self, x: Tensor) -> Any:
-        if torch.rand(()) < 2.0 and x.sum() > 100:  # at random, as layers are dropped
-            self.write(self.config)
-        return self.second(self.first(x))
 
 
 class After(nn.Module):

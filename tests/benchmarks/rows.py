@@ -139,8 +139,8 @@ def weights(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.ndim > 1]
 
 
-def rule(**options: Any) -> fxreg.Rule:
-    return fxreg.Rule(fxreg.l1(STRENGTH), where=lambda site: len(site.shape) > 1, **options)
+def rule(effect: Callable[[float], Any] = fxreg.l1, **options: Any) -> fxreg.Rule:
+    return fxreg.Rule(effect(STRENGTH), where=lambda site: len(site.shape) > 1, **options)
 
 
 def by_hand(model: nn.Module) -> Tensor:
@@ -290,6 +290,7 @@ def rows(setting: Setting) -> Iterator[tuple[str, str, Callable[[], Step]]]:
         TWIN: lambda: _whole(setting),
         "weight_decay": lambda: _whole(setting, weight_decay=STRENGTH),
         "fxreg, gradient": lambda: _whole(setting, rule(via="gradient")),
+        "fxreg, gradient, L2": lambda: _whole(setting, rule(fxreg.l2, via="gradient")),
         "fxreg, emit=backward": lambda: _whole(setting, rule()),
         "fxreg, emit=output": lambda: _whole(setting, rule(), emit="output"),
         "proximal step": lambda: _whole(setting, rule(via="proximal"), proximal=True),
