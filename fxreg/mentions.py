@@ -14,10 +14,13 @@ from .stacks import Stack, instructions_of
 from .writes import ANY, Written, argument, pattern
 
 _ASK = ("getattr", "hasattr")
-_ALL = ("vars", "__dict__", "dir", "attrgetter", "methodcaller", "astuple", "asdict")
+_GETTERS = ("attrgetter", "methodcaller")
+_ALL = ("vars", "__dict__", "dir", *_GETTERS, "astuple", "asdict")
 _APART = {"copy": ("copy", "deepcopy"), "dataclasses": ("replace",), "pickle": ("dumps",)}
 """What looks at all attributes of an object: for its name alone, and for that and the name of its module."""
 _CALLS = ("PRECALL", "CALL")
+_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
+_READS = ("LOAD_ATTR", "LOAD_METHOD")
 _NONE = "(?!)"
 
 
@@ -55,8 +58,8 @@ def mentioned(frame: types.FrameType, watched: frozenset[str]) -> Iterator[tuple
     for name in watched & saying.names:
         if not stack.is_key():
             yield name, name, stack.read()
-    if saying.takes_all:
-        yield from ((one, "", ()) for one in watched)
+    if saying.takes_all and not stack.is_module():
+        yield from ((one, "", _taken(stack)) for one in watched)
     if saying.takes_all or saying.pattern == _NONE:
         return
     value, is_constant = stack.loaded(saying.name), saying.pattern.isidentifier()
@@ -68,6 +71,12 @@ def mentioned(frame: types.FrameType, watched: frozenset[str]) -> Iterator[tuple
             yield one, one, stack.asked(saying.owner)
         elif not one.isidentifier():
             yield one, one, ()
+
+
+def _taken(stack: Stack) -> tuple[Any, ...]:
+    """Whose attributes are all looked at; nothing if nobody knows."""
+    name = stack.instructions[stack.position].argval
+    return stack.read() if name == "__dict__" else stack.taken() if name not in _GETTERS else ()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -117,7 +126,7 @@ def _by_value(instructions: tuple[dis.Instruction, ...], at: int) -> _Saying | N
     """How an attribute is asked for from an instruction on, if by a value that is its name."""
     one, following = instructions[at], instructions[at + 1 :]
     owner, value = list[dis.Instruction](), list[dis.Instruction]()
-    if one.argval in _ASK and one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+    if one.argval in _ASK and one.opname in _GLOBALS:
         owner, value = argument(following, {2: 0, 3: 0}), argument(following, {2: 1, 3: 1})
     elif one.argval == "__getattribute__":
         value = argument(following, {1: 0, 2: 1})
@@ -132,11 +141,12 @@ def _by_value(instructions: tuple[dis.Instruction, ...], at: int) -> _Saying | N
 
 
 def _takes_apart(instructions: Sequence[dis.Instruction], at: int) -> bool:
-    """Whether a function that looks at all attributes is loaded, or taken from its module."""
+    """Whether a function that looks at all attributes is loaded, or taken from a module, whatever that is called."""
     one, before = instructions[at], instructions[at - 1]
-    if one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-        return one.argval in itertools.chain(*_APART.values())
-    return one.opname in ("LOAD_ATTR", "LOAD_METHOD") and one.argval in _APART.get(before.argval, ())
+    is_global = one.opname in _GLOBALS or (one.opname in _READS and before.opname in _GLOBALS)
+    if is_global and one.argval in itertools.chain(*_APART.values()):
+        return True
+    return one.opname in _READS and one.argval in _APART.get(before.argval, ())
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -29,6 +29,8 @@ class Mention:
 
     Attributes:
         watched: the name, or the pattern that it fits, as it is watched.
+        reader: the path of the module whose forward is traced.
+        of_module: whether the owner may be a module, or lead to one if all its attributes are looked at.
         owner: whose attribute that is, if it is known, and its value is plain.
         path: of the owner, if it is a module.
         value: what the attribute was; an ellipsis if there was none.
@@ -36,6 +38,8 @@ class Mention:
 
     watched: str
     name: str
+    reader: str
+    of_module: bool = True
     owner: Any = None
     path: str | None = None
     value: Any = ...

@@ -148,7 +148,7 @@ class Recorder:
         """The forward mentions a name that is watched, as an attribute of the owner if that is known."""
         if self.writer.writes:
             self.writer.writes = False  # to ask is none of the forward's doing
-            self.ledger.mentions(watched, name, owner, self._paths)
+            self.ledger.mentions(self._frames[-1].path, watched, name, owner, self._paths)
             self.writer.writes = True
 
     def note_missed(self, name: str | None) -> None:

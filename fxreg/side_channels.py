@@ -10,11 +10,13 @@ import operator
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from .mentions import asked
+from .methods import methods_of
 from .notes import Mention
 from .packages import is_library
 from .reaching import reach
@@ -87,18 +89,23 @@ class Ledger:
         self._running.setdefault(path, module)
         self._happened[len(self._happened)] = path
 
-    def mentions(self, watched: str, name: str, owner: tuple[Any, ...], paths: Mapping[nn.Module, str]) -> None:
-        """Code that is traced mentions a name that is watched.
+    def mentions(
+        self, reader: str, watched: str, name: str, owner: tuple[Any, ...], paths: Mapping[nn.Module, str]
+    ) -> None:
+        """The traced forward of `reader` mentions a name that is watched.
 
         Args:
             owner: whose attribute it is there, if anybody knows.
             paths: those of the model's modules.
         """
-        mention = Mention(watched, name)
+        mention = Mention(watched, name, reader)
         for one in owner:
+            is_module = isinstance(one, nn.Module)
+            leads_on = not name and Snapshot([], also=owner, other_modules=True).has_modules()
+            mention = replace(mention, of_module=is_module or leads_on)
             with contextlib.suppress(Exception):
-                if isinstance(value := getattr(one, name, ...), PLAIN):
-                    mention = Mention(watched, name, one, paths.get(one) if isinstance(one, nn.Module) else None, value)
+                if name and isinstance(value := getattr(one, name, ...), PLAIN):
+                    mention = replace(mention, owner=one, path=paths.get(one) if is_module else None, value=value)
         self._happened[len(self._happened)] = mention
 
     def runs_layer(self, path: str, module: nn.Module) -> None:
@@ -125,10 +132,11 @@ class Ledger:
         written: dict[str, Written] = {}
         changing: list[nn.Module] = []
         hooks: list[Any] = []
+        methods = self._methods(state)
         for path, module in self._running.items():
             own = [*_hooks(module)]
             functions = dict.fromkeys((*_functions(module, own), *reach([module])))
-            written[path] = Written.by(functions)
+            written[path] = Written.by(functions, methods)
             if changes_containers(functions):
                 changing += module.modules()
                 hooks += own
@@ -142,7 +150,7 @@ class Ledger:
         of_objects = state.names(of_modules=False) | class_attributes(
             one for one in state.kinds if not issubclass(one, nn.Module)
         )  # what modules keep, and is read, is compared by what it is
-        written = {path: one._replace(names=one.names | (one.filled & of_objects)) for path, one in written.items()}
+        written = {path: one.filling(of_objects) for path, one in written.items()}
         names = {name for one in written.values() for name in one.among(kept)}
         computes = any("__getattr__" in vars(base) for kind in kinds for base in _own_bases(kind))
         found, blind = {}, self._with_getters()
@@ -154,9 +162,12 @@ class Ledger:
             mentioned = names.intersection(itertools.chain(*map(names_mentioned, codes)))
             for one in written.values():
                 mentioned |= (one.among(said) if computes else one.names & said) | one.meeting(asks)
-            writers = {name: [path for path, one in written.items() if one.may_be(name)] for name in mentioned}
-            if common := sorted(name for name in mentioned if is_blind or not self._is_settled(name, writers[name])):
-                found[path] = f"mentions {common[0]!r}, which {writers[common[0]][-1]!r} may write when it runs"
+            mentioned |= {each.watched for each in self._mentions() if each.reader == path}
+            writers = {name: {at: one for at, one in written.items() if one.may_be(name)} for name in mentioned}
+            writers = {name: ones for name, ones in writers.items() if ones}
+            unsettled = (name for name, ones in writers.items() if is_blind or not self._is_settled(path, name, ones))
+            if common := min(unsettled, default=None):
+                found[path] = f"mentions {common!r}, which {[*writers[common]][-1]!r} may write when it runs"
         for (reader, path, name), value in self.reads.items():
             if shared.holds(value):
                 where = ".".join(filter(None, (path, name)))
@@ -178,18 +189,31 @@ class Ledger:
         spaces = self.codes.values()
         return {name for code, space in spaces for name in names_in(code) if isinstance(space.get(name, space), PLAIN)}
 
-    def _is_settled(self, name: str, writers: list[str]) -> bool:
-        """Whether all that was read under a name was read before anyone ran who may write it, and known places keep it,
-        as they did before. What they keep can then be asked before the next call."""
+    def _mentions(self) -> Iterator[Mention]:
+        return (one for one in self._happened.values() if isinstance(one, Mention))
+
+    def _methods(self, state: Snapshot) -> frozenset[types.FunctionType]:
+        """The functions that always get a module as their first argument."""
+        running = (inner for module in self._running.values() for inner in module.modules())
+        kinds: set[Any] = {type(module) for module in (*running, *self.modules.values())}
+        others = (base for kind in state.kinds if not issubclass(kind, nn.Module) for base in _own_bases(kind))
+        borrowed = {one for base in others for one in vars(base).values() if isinstance(one, types.FunctionType)}
+        return frozenset[types.FunctionType]().union(*map(methods_of, kinds)) - borrowed
+
+    def _is_settled(self, path: str, name: str, writers: Mapping[str, Written]) -> bool:
+        """Whether all that a module read under a name was read before anyone ran who may write it, and known places
+        keep it, as they did before. What they keep can then be asked before the next call. What nobody writes but to
+        modules is no matter in other objects."""
         if name not in self.watched:
             self.unwatched.add(name)
             return False
+        of_modules = not any(one.in_objects().may_be(name) for one in writers.values())
         found = {}
         has_run = False
         for one in self._happened.values():
             if isinstance(one, str):
                 has_run |= one in writers
-            elif one.watched == name:
+            elif one.watched == name and one.reader == path and (one.of_module or not of_modules):
                 place = self._place(one)
                 if has_run or place is None or not one.is_still():
                     return False

@@ -84,6 +84,11 @@ class Snapshot:
         """Whether a value is among what is remembered."""
         return id(value) in self._held or id(value) in self._empty
 
+    def has_modules(self) -> bool:
+        """Whether there is a module, or the dictionary of one, in what is remembered."""
+        dictionaries = (before for _, before in self._held.values() if isinstance(before, dict))
+        return any(issubclass(kind, nn.Module) for kind in self.kinds) or any("_modules" in one for one in dictionaries)
+
     def names(self, of_modules: bool = True) -> set[str]:
         """The name of every attribute, parameter and child of what is remembered, or only of what is no module."""
         found: set[str] = set()

@@ -56,6 +56,16 @@ class Stack:
             return (self.frame.f_locals[code.co_varnames[0]],)  # which was asked for just that
         return () if function in self.frame.f_globals else self._known(self.loaded(position))
 
+    def is_module(self) -> bool:
+        """Whether a module of Python's is loaded here, and no function."""
+        is_variable = self.instructions[self.position].opname in ("LOAD_GLOBAL", "LOAD_NAME")
+        return is_variable and isinstance(self.loaded(self.position), types.ModuleType)
+
+    def taken(self) -> tuple[Any, ...]:
+        """What the function that is loaded here is called with; nothing if nobody knows, or if it is one of several."""
+        is_name = self.instructions[self.position].opcode in dis.hasname
+        return self._known(self.only_argument()) if is_name else ()
+
     @staticmethod
     def _known(value: Any) -> tuple[Any, ...]:
         return () if value is UNKNOWN else (value,)
@@ -74,9 +84,13 @@ class Stack:
         """Whose type is asked for, by `value.__class__` or `type(value)`."""
         if self.instructions[self.position].argval == "__class__":
             return self.top()
-        first = end = self.position + 1
-        if self.instructions[first].opname == "PRECALL" and self._is_asked_about(self.position):
+        if self.instructions[self.position + 1].opname == "PRECALL" and self._is_asked_about(self.position):
             return None
+        return self.only_argument()
+
+    def only_argument(self) -> Any:
+        """What the function that is loaded here is called with, if that is all."""
+        first = end = self.position + 1
         while self.instructions[end].opname in _LOADS:
             end += 1
         value, start = self._loaded(end - 1)
@@ -93,7 +107,7 @@ class Stack:
         name, last = self.instructions[self.position].argval, self.position - 1
         if self.instructions[last].opname == "SWAP":  # the owner, a copy of it, its attribute, and what is added
             read = next(
-                (i for i in range(last, 1, -1) if _is_read_of_copy(self.instructions[i - 1 : i + 1], name)), None
+                (i for i in range(last, 1, -1) if is_read_of_copy(self.instructions[i - 1 : i + 1], name)), None
             )
             return self._loaded(read - 2)[0] if read is not None else UNKNOWN
         return self._loaded(last)[0]
@@ -143,6 +157,8 @@ def _plain_attribute(owner: Any, name: str) -> Any:
     value = inspect.getattr_static(owner, name, UNKNOWN)
     if isinstance(value, types.MemberDescriptorType):  # a slot
         return getattr(owner, name, UNKNOWN)
+    if isinstance(value, types.GetSetDescriptorType) and name == "__dict__":
+        return vars(owner)
     return UNKNOWN if hasattr(type(value), "__get__") and not isinstance(value, type) else value
 
 
@@ -155,6 +171,6 @@ def _plain_item(values: Any, index: Any) -> Any:
         return UNKNOWN
 
 
-def _is_read_of_copy(pair: Sequence[dis.Instruction], name: str) -> bool:
+def is_read_of_copy(pair: Sequence[dis.Instruction], name: str) -> bool:
     copied, read = pair
     return (copied.opname, read.opname, read.argval) == ("COPY", "LOAD_ATTR", name)

@@ -8,8 +8,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from .enclosed import FILLS, begin, codes_in, names_in_code
-from .packages import is_installed
+from .methods import first_argument, is_load
+from .packages import is_foreign, is_installed
 from .scanning import names_mentioned, once_per_function
+from .stacks import instructions_of, is_read_of_copy
 
 _STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
 _SETTERS = {"setattr": 3, "delattr": 2}
@@ -28,11 +30,13 @@ class Written(NamedTuple):
         names: those that it says.
         patterns: regular expressions of those that it puts together.
         filled: the attributes with containers into which it puts something.
+        elsewhere: the names and patterns that may be attributes of what is no module.
     """
 
     names: frozenset[str]
     patterns: frozenset[str] = frozenset()
     filled: frozenset[str] = frozenset()
+    elsewhere: frozenset[str] = frozenset()
 
     def among(self, names: Collection[str]) -> set[str]:
         """Those of some names that are among them."""
@@ -51,11 +55,29 @@ class Written(NamedTuple):
         """The names among them that others may be, which code asks for; and the patterns, if it asks for such, too."""
         return self.among(asked.names) | asked.among(self.names) | (set(self.patterns) if asked.patterns else set())
 
+    def filling(self, names: Collection[str]) -> Self:
+        """The same, with those of some names that have containers into which it puts something."""
+        filled = self.filled.intersection(names)
+        return self._replace(names=self.names | filled, elsewhere=self.elsewhere | filled)
+
+    def in_objects(self) -> "Written":
+        """What of it may be attributes of what is no module."""
+        return Written.of(self.elsewhere)
+
     @classmethod
-    def by(cls, functions: Iterable[types.FunctionType]) -> Self:
-        """What any of some functions may write."""
-        each = [*map(_written, functions)]
-        return cls(*(frozenset().union(*(one[place] for one in each)) for place in range(3)))
+    def by(cls, functions: Iterable[types.FunctionType], methods: Collection[types.FunctionType] = ()) -> Self:
+        """What any of some functions may write.
+
+        Args:
+            methods: those that always get a module as their first argument.
+        """
+        found = {function: _written(function) for function in functions}
+        each = [one if function in methods else one.anywhere() for function, one in found.items()]
+        return cls(*(frozenset[str]().union(*(one[place] for one in each)) for place in range(4)))
+
+    def anywhere(self) -> Self:
+        """The same, if nobody knows whose attributes they are."""
+        return self._replace(elsewhere=self.names | self.patterns)
 
     @classmethod
     def of(cls, patterns: Iterable[str], names: Iterable[str] = ()) -> Self:
@@ -66,24 +88,35 @@ class Written(NamedTuple):
 
 @once_per_function
 def _written(function: types.FunctionType) -> Written:
-    own = function.__code__.co_varnames[:1] if function.__name__ == "__init__" else ()
-    names, patterns, filled = set[str](), set[str](), set[str]()
+    """What a function writes; all but what it writes to its first argument, elsewhere."""
+    own, is_new = first_argument(function), function.__name__ == "__init__"
+    names, elsewhere, filled = set[str](), set[str](), set[str]()
+    keeps = not (is_installed(function.__module__) or is_foreign(function.__globals__.get("__name__")))
     for code in codes_in(function.__code__):
-        if not is_installed(function.__module__):  # what packages keep in containers is taken for constant
-            names |= names_in_code(code).filled
-        instructions = [*dis.get_instructions(code)]
+        instructions = instructions_of(code)
+        mine = own if code is function.__code__ else None
+        if keeps:  # what packages keep in containers is taken for constant
+            elsewhere |= names_in_code(code).filled
         filled.update(_filled(instructions))
-        before = None
-        for one in instructions:
-            is_new = before is not None and before.opname == "LOAD_FAST" and before.argval in own
-            if one.opname in _STORES and not is_new:
-                names.add(str(one.argval))
-            before = one
-        patterns.update(_by_name(code, instructions))
-    return Written.of(patterns, names)._replace(filled=frozenset(filled))
+        for at, one in enumerate(instructions):
+            if one.opname in _STORES:
+                is_own = one.opname.endswith("ATTR") and _is_to(mine, instructions, at)
+                if not (is_own and is_new):
+                    (names if is_own else elsewhere).add(str(one.argval))
+        for written, owner in _by_name(code, instructions):
+            (names if len(owner) == 1 and is_load(owner[0], mine) else elsewhere).add(written)
+    return Written.of(names | elsewhere)._replace(filled=frozenset(filled), elsewhere=frozenset(elsewhere))
 
 
-def _filled(instructions: list[dis.Instruction]) -> Iterator[str]:
+def _is_to(name: str | None, instructions: Sequence[dis.Instruction], at: int) -> bool:
+    """Whether it is a local variable's attribute that is written: `value.name = 1`, `del value.name`."""
+    if instructions[at - 1].opname == "SWAP":  # the owner, a copy of it, its attribute, and what is added
+        written = instructions[at].argval
+        at = next((i - 1 for i in range(at - 1, 1, -1) if is_read_of_copy(instructions[i - 1 : i + 1], written)), at)
+    return is_load(instructions[at - 1], name) and not instructions[at].is_jump_target
+
+
+def _filled(instructions: Iterable[dis.Instruction]) -> Iterator[str]:
     """The attributes with the containers into which something is put."""
     last: dict[Any, str] = {}  # of an expression, by where it begins
     for one in instructions:
@@ -94,17 +127,20 @@ def _filled(instructions: list[dis.Instruction]) -> Iterator[str]:
             last[place] = one.argval
 
 
-def _by_name(code: types.CodeType, instructions: list[dis.Instruction]) -> Iterator[str]:
-    """A pattern for each place that may write by a name which is a value like any other."""
+def _by_name(
+    code: types.CodeType, instructions: Sequence[dis.Instruction]
+) -> Iterator[tuple[str, list[dis.Instruction]]]:
+    """A pattern for each place that may write by a name which is a value like any other, and whose attribute it is."""
     if _BY_NAME & names_mentioned(code) or _SETTERS.keys() & set(code.co_consts):
-        yield ANY
+        yield ANY, []
     for at, one in enumerate(instructions):
         if (one.opname, one.argval) in _ALL:
-            yield ANY
+            yield ANY, []
         elif one.argval in _SETTERS and one.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield pattern(argument(instructions[at + 1 :], {_SETTERS[one.argval]: 1}))
+            following, count = instructions[at + 1 :], _SETTERS[one.argval]
+            yield pattern(argument(following, {count: 1})), argument(following, {count: 0})
         elif one.argval in _SETTERS and one.opname != "LOAD_CONST":
-            yield ANY
+            yield ANY, []
 
 
 def argument(following: Sequence[dis.Instruction], places: Mapping[int, int]) -> list[dis.Instruction]:
