@@ -100,10 +100,11 @@ class Ledger:
         """
         mention = Mention(watched, name, reader)
         for one in owner:
-            is_module = isinstance(one, nn.Module)
-            leads_on = not name and Snapshot([], also=owner, other_modules=True).has_modules()
-            mention = replace(mention, of_module=is_module or leads_on)
             with contextlib.suppress(Exception):
+                is_module = isinstance(one, nn.Module)
+                is_like_one = is_module or "_modules" in getattr(one, "__dict__", ())
+                leads_on = not name and Snapshot([], also=owner, other_modules=True).has_modules()
+                mention = replace(mention, of_module=is_like_one or leads_on)
                 if name and isinstance(value := getattr(one, name, ...), PLAIN):
                     mention = replace(mention, owner=one, path=paths.get(one) if is_module else None, value=value)
         self._happened[len(self._happened)] = mention

@@ -216,19 +216,19 @@ def compared(kind: type[Region], take: str, config: Callable[[], Any] = Config) 
     return [*fxreg.explain(gm).opaque]
 
 
-@pytest.mark.parametrize("take", TAKES)
+@pytest.mark.parametrize("take", slow_but(["deepcopy"], [*TAKES]))
 @pytest.mark.parametrize("kind", slow_but([ToItself, Decorated], [ToItself, More, ByName, Decorated, WithoutGradient]))
 def test_a_configuration_is_taken_apart_in_the_graph(kind: type[Region], take: str) -> None:
     assert compared(kind, take) == ["region"]
 
 
-@pytest.mark.parametrize("take", TAKES)
+@pytest.mark.parametrize("take", slow_but(["deepcopy"], [*TAKES]))
 @pytest.mark.parametrize("kind", slow_but([ToConfig, Misled], [ToConfig, ToEither, Rebound, Nested, Misled]))
 def test_unless_it_may_be_written(kind: type[Region], take: str) -> None:
     assert compared(kind, take) == [""]
 
 
-@pytest.mark.parametrize("take", TAKES)
+@pytest.mark.parametrize("take", slow_but(["deepcopy"], [*TAKES]))
 def test_who_else_has_the_method_may_be_written(take: str) -> None:
     @dataclasses.dataclass
     class Updated(Mixin, Config):
@@ -255,6 +255,23 @@ def test_a_module_in_a_configuration_may_be_written(take: str) -> None:
         gm = fxreg.transform(Holding(TAKES[take], held), L1, example_inputs=(QUIET,))
         assert [*fxreg.explain(gm).opaque] == [""]
         assert outcome(gm) == outcome(Holding(TAKES[take], held))
+
+
+def test_what_has_the_attributes_of_a_module_may_be_written() -> None:
+    class Sharing(Root):
+        def __init__(self) -> None:
+            super().__init__(ToItself, vars)
+            vars(self.region).update(vars(self.config))
+            self.config.__dict__ = self.region.__dict__
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.region(x)
+            config = self.config
+            return self.head(y) * (config.gain if hasattr(config, "gain") else 1.0)
+
+    gm = fxreg.transform(Sharing(), L1, example_inputs=(QUIET,))
+    assert [*fxreg.explain(gm).opaque] == [""]
+    assert outcome(gm) == outcome(Sharing())
 
 
 def test_who_reads_before_is_in_the_graph_whatever_others_do() -> None:
