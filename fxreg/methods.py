@@ -4,18 +4,19 @@ attribute of any other object."""
 import dis
 import functools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from .enclosed import codes_in
+from .enclosed import codes_in, defaults, enclosed, entries, names_in_code
 from .packages import is_library
-from .scanning import once_per_function
+from .scanning import names_in, names_mentioned, once_per_function
 from .stacks import instructions_of
 
 _LOADS = ("LOAD_FAST", "LOAD_DEREF")
 _OF_CLASSES = ("__new__", "__init_subclass__", "__class_getitem__")
+_PARTS = {"__func__", "__wrapped__"}
 _SPREADS = ("BUILD_TUPLE", "BUILD_LIST", "LIST_EXTEND", "LIST_APPEND", "LIST_TO_TUPLE")
 
 
@@ -51,6 +52,45 @@ def methods_of(kind: type) -> frozenset[types.FunctionType]:
                 found.add(function)
                 waiting += _handed(function)
     return frozenset(found)
+
+
+def only_methods(
+    methods: Collection[types.FunctionType], functions: Collection[types.FunctionType]
+) -> frozenset[types.FunctionType]:
+    """Those of some methods of which others get hold in no way but `self.method` and `super().method`: as a class's
+    attribute, by a string, or as a value that something keeps, they could be called with anything."""
+    names, kept = set[str](), list[Any]()
+    for function in functions:
+        of_first, of_others = _attributes(function)
+        names |= of_others if function in methods else of_first | of_others
+        values = [function.__globals__.get(name) for name in names_in_code(function.__code__).read]
+        handed = _handed(function) if function in methods else ()
+        kept += [one for one in (*enclosed(function), *defaults(function)) if one not in handed]
+        kept += [each for one in values for each in (one, *_entries(one))]
+    if not _PARTS.isdisjoint(names):
+        return frozenset()
+    return frozenset(one for one in methods if one.__name__ not in names and not any(one is each for each in kept))
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, dict):
+        return tuple(entries(value).values())
+    return tuple(value) if isinstance(value, list | tuple | set | frozenset) else ()
+
+
+@once_per_function
+def _attributes(function: types.FunctionType) -> tuple[frozenset[str], frozenset[str]]:
+    """The attributes that a function reads of its first argument or of `super()`; those of others, and strings."""
+    own, of_first, of_others = first_argument(function), set[str](), set[str]()
+    for code in codes_in(function.__code__):
+        instructions = instructions_of(code)
+        of_others |= names_mentioned(code) - names_in(code)
+        for at, one in enumerate(instructions):
+            if one.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                is_first = code is function.__code__ and is_load(instructions[at - 1], own) and not one.is_jump_target
+                is_super = instructions[at - 1].opname == "CALL" and instructions[at - 3].argval == "super"
+                (of_first if is_first or is_super else of_others).add(one.argval)
+    return frozenset(of_first), frozenset(of_others)
 
 
 def _getters(value: Any) -> Iterator[types.FunctionType]:

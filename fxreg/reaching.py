@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from .enclosed import defaults, enclosed, entries, slotted
 from .packages import is_foreign, is_installed
-from .scanning import names_in
+from .scanning import names_in, names_mentioned
 
 _LEAVES = (bool, int, float, complex, str, bytes, type(None), Tensor, fx.Graph)
 _BORN = ("__new__", "__init__", "__post_init__")
@@ -37,7 +37,7 @@ def reach(values: Iterable[Any]) -> tuple[types.FunctionType, ...]:
                 continue
             found[value] = None
             waiting += (*enclosed(value), *defaults(value), getattr(value, "__wrapped__", None), *_outside(value))
-            new = names_in(value.__code__) - names
+            new = names_mentioned(value.__code__) - names
             names |= new
             waiting += [space[name] for space in spaces for name in new & space.keys()]
         elif isinstance(value, type | types.ModuleType):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .mentions import asked
-from .methods import methods_of
+from .methods import methods_of, only_methods
 from .notes import Mention
 from .packages import is_library
 from .reaching import reach
@@ -133,10 +133,14 @@ class Ledger:
         written: dict[str, Written] = {}
         changing: list[nn.Module] = []
         hooks: list[Any] = []
-        methods = self._methods(state)
+        running = {path: [*_hooks(module)] for path, module in self._running.items()}
+        reached = {
+            path: dict.fromkeys((*_functions(module, running[path]), *reach([module])))
+            for path, module in self._running.items()
+        }
+        methods = only_methods(self._methods(state), {*itertools.chain(*reached.values())})
         for path, module in self._running.items():
-            own = [*_hooks(module)]
-            functions = dict.fromkeys((*_functions(module, own), *reach([module])))
+            own, functions = running[path], reached[path]
             written[path] = Written.by(functions, methods)
             if changes_containers(functions):
                 changing += module.modules()
