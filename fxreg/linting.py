@@ -17,7 +17,7 @@ from .flows import reached
 from .invariance import Invariant, find_invariant
 from .lints import NORMS, Lint, named
 from .matching import match
-from .module import RegularizedModule, State, original, state_of
+from .module import State, is_emitted, original, state_of
 from .planning import LeaveToCompanion, OnParameter, Plan, plan
 from .regularizers import elastic_net, l2
 
@@ -59,7 +59,7 @@ def lint(
     if rules is None:
         state = state_of(model)
         planned, found = state.provenance.plan, lint_emitted(state)
-    elif isinstance(getattr(model, "_orig_mod", model), RegularizedModule):
+    elif is_emitted(model):
         raise RuleError("lint(gm) takes no rules: they are in the module. Leave them out, or pass the model.")
     else:
         planned = plan(match(model, given_rules(rules)))

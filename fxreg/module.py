@@ -115,7 +115,7 @@ class State(nn.Module):
         super().__init__()
         vars(self).update(_model=model, others=(), islands={})
         # Dynamo cannot look at a child that is compiled by itself in two places.
-        self.traceable = tuple(name for name, child in model._modules.items() if not hasattr(child, "_orig_mod"))
+        self.traceable = tuple(name for name, child in model._modules.items() if uncompiled(child) is child)
         self.is_island = False
         for recorded in captured.chain:
             if recorded.assumed is not None:
@@ -312,25 +312,34 @@ class RegularizedModule(fx.GraphModule):
         return result
 
 
+def uncompiled(module: Any) -> Any:
+    """The module that `torch.compile` was given, if a module is what it returned; any other module itself."""
+    return module if isinstance(module, RegularizedModule) else getattr(module, "_orig_mod", module)
+
+
+def is_emitted(module: Any) -> bool:
+    """Whether a module is one that `fxreg.transform` returned, compiled or not."""
+    return isinstance(uncompiled(module), RegularizedModule)
+
+
 def emitted(gm: nn.Module) -> RegularizedModule:
     """The emitted module itself, also from inside what `torch.compile` returned.
 
     Raises:
         FxregError: the module was not emitted by `fxreg.transform`, or was re-traced since.
     """
-    found = gm if isinstance(gm, RegularizedModule) else getattr(gm, "_orig_mod", None)
-    if not isinstance(found, RegularizedModule):
-        inside = dict(gm.named_modules()) if isinstance(gm, nn.Module) else {}
-        path = next((path for path, one in inside.items() if isinstance(one, RegularizedModule)), None)
-        mend = "" if path is None else f" There is one inside, at {path!r}: pass that."
-        raise FxregError(f"expected a module that fxreg.transform returned, got {type(gm).__name__}.{mend}")
-    return found
+    found = uncompiled(gm)
+    if isinstance(found, RegularizedModule):
+        return found
+    inside = dict(gm.named_modules()) if isinstance(gm, nn.Module) else {}
+    path = next((path for path, one in inside.items() if isinstance(one, RegularizedModule)), None)
+    mend = "" if path is None else f" There is one inside, at {path!r}: pass that."
+    raise FxregError(f"expected a module that fxreg.transform returned, got {type(gm).__name__}.{mend}")
 
 
 def original(model: nn.Module) -> nn.Module:
     """The model that an emitted or compiled emitted module came from; any other module itself."""
-    found = getattr(model, "_orig_mod", model)
-    return state_of(found).model if isinstance(found, RegularizedModule) else model
+    return state_of(model).model if is_emitted(model) else model
 
 
 def state_of(gm: nn.Module) -> State:

@@ -16,7 +16,7 @@ from .errors import RuleError
 from .exported import as_module, read_program
 from .files import Rules, given_rules
 from .matching import match
-from .module import RegularizedModule, bind, original, state_of
+from .module import bind, is_emitted, original, state_of, uncompiled
 from .planning import LeaveToCompanion, plan
 from .resolving import resolve
 
@@ -135,8 +135,7 @@ def _captured(model: nn.Module | ExportedProgram) -> Captured:
     """The graph that a model was transformed with, or else one of its own."""
     if isinstance(model, ExportedProgram):
         return read_program(model)[1]
-    inner = getattr(model, "_orig_mod", model)
-    return state_of(inner).captured if isinstance(inner, RegularizedModule) else capture(inner)
+    return state_of(model).captured if is_emitted(model) else capture(uncompiled(model))
 
 
 def _decay(edit: LeaveToCompanion, optimizer: type, options: Any) -> float:

@@ -13,7 +13,7 @@ from .files import Rules, given_rules
 from .linting import lint_emitted
 from .lints import Lint
 from .matching import match
-from .module import Provenance, RegularizedModule, emitted, state_of
+from .module import Provenance, emitted, is_emitted, state_of
 from .planning import LeaveToCompanion, Plan, plan
 from .transforming import strip
 
@@ -92,7 +92,7 @@ def explain(model: nn.Module | ExportedProgram, rules: Rules | None = None) -> P
         raise FxregError(f"explain: model must be an nn.Module or an ExportedProgram, got {model!r}.")
     model = as_module(model)
     if rules is not None:
-        if isinstance(getattr(model, "_orig_mod", model), RegularizedModule):
+        if is_emitted(model):
             raise RuleError("explain(gm) takes no rules: they are in the module. For a dry run, pass the model.")
         return plan(match(model, given_rules(rules)))
     state = state_of(model)

@@ -18,7 +18,7 @@ from .capture import Examples, split_examples
 from .controls import activation_value, function_value
 from .errors import FxregError, VerifyError
 from .exported import ExportedModule
-from .module import RegularizedModule, State, emitted, state_of
+from .module import State, emitted, is_emitted, state_of, uncompiled
 from .observing import observing
 from .rederiving import moved, muting, objective, silent, with_rules
 from .rematching import check_meaning
@@ -176,18 +176,18 @@ def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:
 def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: Any) -> _Run:
     """One pass of the model or of the emitted module."""
     args, kwargs = map_tensors(fresh, (args, kwargs))
-    is_emitted = isinstance(getattr(module, "_orig_mod", module), RegularizedModule)
+    ours = is_emitted(module)
     passing: list[Tensor] = []
-    edits = () if is_emitted else state.provenance.plan.activations
+    edits = () if ours else state.provenance.plan.activations
     with observing(module, edits, lambda edit, one: passing.append(activation_value(state, edit, one))):
         output = module(*args, **kwargs)
-    functions = () if is_emitted else state.provenance.plan.functions
+    functions = () if ours else state.provenance.plan.functions
     beside = [function_value(state, edit, module, args, kwargs) for edit in functions]
     buffers = {name: buffer.detach().clone() for name, buffer in state.model.named_buffers()}
     parameters: dict[str, Tensor] = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
     parameters |= {f"input {k}": t for k, t in enumerate(tensors((args, kwargs))) if t.requires_grad and t.is_leaf}
     penalty = None
-    if is_emitted and state.provenance.emit == "output":
+    if ours and state.provenance.emit == "output":
         if not isinstance(output, tuple) or len(output) != 2 or not isinstance(output[1], Tensor):
             raise VerifyError(f"emit='output' must return (output, penalty), got {type(output).__name__}.")
         output, penalty = output
@@ -201,7 +201,7 @@ def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: 
     gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
     if terms and parameters:
         objective = torch.stack([term.to(terms[0]) for term in terms]).sum()
-        gradients = _gradients(objective, parameters, compiled=hasattr(module, "_orig_mod"))
+        gradients = _gradients(objective, parameters, compiled=uncompiled(module) is not module)
     on_forward = _total([term.detach() for term in (*passing, *beside)])
     is_rough = any(map(_meets_16_bits, (*passing, *beside)))
     added, raw = (_gradients_of(_total(terms), parameters) for terms in (passing, beside))
