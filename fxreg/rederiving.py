@@ -5,7 +5,7 @@ The reference that `verify` compares with, and where it has to be taken for anyt
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,10 +23,18 @@ _STEP = 0.1
 
 
 def with_rules(
-    state: State, gradients: Gradients, added: Gradients, beside: Gradients, weight: float | None
+    state: State,
+    gradients: Gradients,
+    added: Gradients,
+    beside: Gradients,
+    weight: float | None,
+    known: dict[Any, Tensor],
 ) -> dict[str, Tensor | None]:
     """The loss's gradients after the rules: those of penalties on activations, which pass the same way, transforms,
-    and then those of the other penalties, on the function and on parameters; `weight` times where a node adds them."""
+    and then those of the other penalties, on the function and on parameters; `weight` times where a node adds them.
+
+    Those of penalties on parameters are taken from what is `known`, or else kept there.
+    """
     plan = state.provenance.plan
     parameters = dict(state.model.named_parameters())
     result = {name: None if name in plan.frozen else gradient for name, gradient in gradients.items()}
@@ -43,8 +51,9 @@ def with_rules(
             result[name] = _sum(result[name], more * weight)
     for edit in plan.penalties:
         if edit.site in result and weight is not None:
-            own = _penalty_gradient(state, edit, parameters[edit.site]) * weight
-            result[edit.site] = _sum(result[edit.site], own)
+            if (place := (edit.label, edit.site)) not in known:
+                known[place] = _penalty_gradient(state, edit, parameters[edit.site])
+            result[edit.site] = _sum(result[edit.site], known[place] * weight)
     return result
 
 

@@ -77,6 +77,7 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
     for training in modes:
         mode = "in train mode" if training else "in eval mode"
         with borrowed(model, [state], training) as reset:
+            still, known = silent(state), dict[Any, Tensor]()
             output = _call(model, args, kwargs)
             if [n for n, _ in inner.named_parameters()] != names:
                 raise VerifyError(
@@ -87,9 +88,10 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
             for trial in _trials(live):
                 where = f"{mode}, {trial.name}"
                 run = functools.partial(_compared, gm, model, state, trial, args, kwargs, reset, where)
-                theirs = run(silent(state) if trial.weight == 0 or state.provenance.emit == "loss" else ())
+                is_still = trial.weight == 0 or state.provenance.emit == "loss"
+                theirs = run(still, known) if is_still else run((), {})
                 if theirs is not None and trial.weight and (zeros := muting(state, theirs.gradients)):
-                    run(zeros)
+                    run(zeros, {})
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,10 @@ def _compared(
     reset: Callable[[], None],
     where: str,
     elsewhere: Sequence[Tensor],
+    known: dict[Any, Tensor],
 ) -> _Run | None:
-    """The model's pass, once the emitted module's was compared with it, with some parameters at another place; None
-    where the model itself fails."""
+    """The model's pass, once the emitted module's was compared with it, with some parameters at another place, for
+    which the penalties' gradients may be known; None where the model itself fails."""
     reset()
     try:
         with moved(elsewhere):
@@ -164,7 +167,7 @@ def _compared(
             raise VerifyError(
                 f"{where}: the emitted module raises {type(failure).__name__}, and the model does not: {failure}"
             ) from failure
-        _compare(state, theirs, ours, trial, where)
+        _compare(state, theirs, ours, trial, where, known)
     return theirs
 
 
@@ -242,8 +245,9 @@ def _expect_failure(
     raise VerifyError(f"{what}, says the model itself, and the emitted module does not fail.")
 
 
-def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) -> None:
-    emit, reference = state.provenance.emit, objective(state, theirs.on_forward)
+def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str, known: dict[Any, Tensor]) -> None:
+    emit = state.provenance.emit
+    reference = None if emit == "backward" else objective(state, theirs.on_forward)
     if type(theirs.output) is not type(ours.output) and not isinstance(theirs.output, Tensor):
         raise VerifyError(
             f"{where}: the model returns a {type(theirs.output).__name__}, the emitted module a "
@@ -271,7 +275,7 @@ def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str) 
         _compare_tensors(wanted, ours.penalty, f"{where}: the penalty", exact=False)
     for name, buffer in theirs.buffers.items():
         _compare_tensors(buffer, ours.buffers[name], f"{where}: buffer {name!r} after the call", exact=True)
-    gradients = with_rules(state, theirs.gradients, theirs.added, theirs.beside, weight)
+    gradients = with_rules(state, theirs.gradients, theirs.added, theirs.beside, weight, known)
     rounding = _rounding(gradients.values()) if state.provenance.plan.on_forward else 0.0
     for name, gradient in gradients.items():
         tolerance = _COARSE_TOLERANCE if theirs.is_rough or gradient is None else _tolerance(gradient.dtype)
