@@ -28,6 +28,8 @@ def defaults(function: Callable[..., Any]) -> list[Any]:
 
 def entries(value: dict[Any, Any]) -> dict[Any, Any]:
     """What is in a dict, in its order, however its class would look it up."""
+    if type(value) is dict:
+        return value.copy()
     kind: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
     return dict(kind.items(value))
 

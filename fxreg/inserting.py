@@ -94,9 +94,13 @@ class Insertion:
         is_taken = keyword.iskeyword(plain) or plain == "self"
         plain = f"rule_{plain}" if is_taken or not plain.isidentifier() else plain
         free = (plain if count == 1 else f"{plain}_{count}" for count in itertools.count(1))
-        buffer = next(candidate for candidate in free if not hasattr(self.state, candidate))
+        buffer = next(candidate for candidate in free if not self._is_taken(candidate))
         self.state.register_buffer(buffer, value, persistent=False)
         return buffer
+
+    def _is_taken(self, name: str) -> bool:
+        """As `hasattr` of the state says, which makes an error each time that it has none."""
+        return name in self.state._buffers or name in vars(self.state) or hasattr(State, name)
 
     # Nodes.
 

@@ -238,7 +238,7 @@ def _is_inert(module: nn.Module) -> bool:
     own = vars(module)
     if not type(module).__module__.startswith("torch.") or any(own.get(kind) for kind in HOOKS):
         return False
-    kept = [value for name, value in own.items() if type(value) not in _VALUES and name not in _OF_ANY]
+    kept = [value for name in own.keys() - _OF_ANY if type(value := own[name]) not in _VALUES]
     return not any(map(_leads_on, kept)) and all(map(_is_inert, module.children() if own["_modules"] else ()))
 
 

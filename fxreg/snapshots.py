@@ -206,7 +206,7 @@ def _inside(value: Any) -> Iterator[Any]:
 
 def _same(now: Any, before: Any) -> bool:
     if isinstance(before, dict) and not hasattr(now, "bit_generator"):
-        kept = entries(now) if isinstance(now, dict) else slotted(now)
+        kept = now if type(now) is dict else entries(now) if isinstance(now, dict) else slotted(now)
         return len(kept) == len(before) and _are(kept, before) and _are(kept.values(), before.values())
     if isinstance(now, _CONTAINERS):
         return len(now) == len(before) and _are(now, before)
@@ -282,7 +282,7 @@ def rng_state() -> tuple[Any, ...]:
 def set_rng_state(state: tuple[Any, ...]) -> None:
     """Set back what `rng_state` gave."""
     with torch._C.DisableTorchFunction():
-        torch.default_generator.set_state(torch.tensor(list(state[0]), dtype=torch.uint8, device="cpu"))
+        torch.default_generator.set_state(torch.frombuffer(bytearray(state[0]), dtype=torch.uint8))
     random.setstate(state[1])
     if len(state) > 2:
         numpy = sys.modules["numpy"]
