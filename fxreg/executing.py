@@ -84,6 +84,8 @@ def watched(recorder: Any) -> Iterator[None]:
     """Tell the recorder of everything the user's code executes that a graph cannot hold, before it happens."""
 
     def enter(frame: types.FrameType, event: str, argument: Any) -> Any:
+        if recorder.is_busy:
+            return None
         if frame.f_code.co_name == "__init__" and recorder.thread and frame.f_code.co_argcount:
             recorder.note_made(frame.f_locals[frame.f_code.co_varnames[0]])
         if id(frame.f_code) in _CHANGING and recorder.thread:
@@ -111,6 +113,8 @@ def watched(recorder: Any) -> Iterator[None]:
         return step
 
     def call(frame: types.FrameType, event: str, argument: Any) -> None:
+        if recorder.is_busy:
+            return
         if event == "call" and recorder.thread:
             if frame.f_code in _COMPILING or frame.f_code in _TRACING:
                 recorder.note_asked_way(frame.f_code in _COMPILING)
@@ -124,19 +128,43 @@ def watched(recorder: Any) -> Iterator[None]:
             recorder.give_up(f"{frame.f_code.co_qualname} {reason}")
 
     before, original = (sys.gettrace(), sys.getprofile()), isinstance
+    with _no_collection():
+        sys.settrace(enter)
+        sys.setprofile(call)
+        builtins.isinstance = _asking(original)
+        try:
+            yield
+        finally:
+            builtins.isinstance = original
+            sys.settrace(before[0])
+            sys.setprofile(before[1])
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Finalizers and callbacks are none of the forward's doing."""
     collects = gc.isenabled()
-    gc.disable()  # finalizers and callbacks are none of the forward's doing
-    sys.settrace(enter)
-    sys.setprofile(call)
-    builtins.isinstance = _asking(original)
+    gc.disable()
     try:
         yield
     finally:
-        builtins.isinstance = original
-        sys.settrace(before[0])
-        sys.setprofile(before[1])
         if collects:
             gc.enable()
+
+
+def unheard(method: Callable[..., None]) -> Callable[..., None]:
+    """A method of a recorder that works for it alone: nobody is told what runs in it, since that takes most of the
+    time."""
+
+    @functools.wraps(method)
+    def run(recorder: Any, *args: Any) -> None:
+        recorder.is_busy = True
+        try:
+            method(recorder, *args)
+        finally:
+            recorder.is_busy = False
+
+    return run
 
 
 def _asking(original: Callable[[Any, Any], bool]) -> Any:

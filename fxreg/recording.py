@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import calls
 from .errors import CaptureError
-from .executing import inside_handler, watched
+from .executing import inside_handler, unheard, watched
 from .interception import intercepted
 from .layers import described, is_layer, is_plain_layer, tensor_paths, whole_reason
 from .listening import OTHER_MODE, Listening, ambient
@@ -66,6 +66,7 @@ class Recorder:
     Attributes:
         opaque: for the path of every module that is whole, why.
         failed: the path of the first module whose forward raised, and what.
+        is_busy: whether the recorder itself is at work, of which nothing is to be heard.
     """
 
     def __init__(
@@ -95,9 +96,9 @@ class Recorder:
         self._frames: list[_Frame] = []
         self._before = self._state()
         self.state = self._before[0]
-        self._is_suspicious = False
+        self._is_suspicious, self.is_busy = False, False
         self._made: dict[int, nn.Module] = {}
-        self._own: dict[int, Any] = {}
+        self._own, self._looked_into = dict[int, Any](), dict[int, Any]()
 
     # What interception asks.
 
@@ -121,11 +122,14 @@ class Recorder:
         if whether_compiled and torch.compiler.is_compiling():  # as it is to think, but it has not heard so
             self.give_up("asks whether it is compiled, by a name of its own")
 
+    @unheard
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
-        if leads_to_iterator(value):
+        path = self._paths.get(module)
+        if (path is None or id(value) not in self._looked_into) and leads_to_iterator(value):
             self.give_up(f"reads the iterator {type(module).__name__}.{name}")
-        elif module in self._paths:
-            self.ledger.read(self._frames[-1].path, self._paths[module], name, value)
+        elif path is not None:
+            self._looked_into[id(value)] = value
+            self.ledger.read(self._frames[-1].path, path, name, value)
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         if not isinstance(value, nn.Module | Tensor):
@@ -339,6 +343,7 @@ class Recorder:
             self.opaque = frame.opaque
             if self._watches and not is_plain_layer(frame.module):
                 self._before = self._state()
+                self._looked_into.clear()
 
     def _whole(self, frame: _Frame, result: Any) -> Any:
         """What a module gave that has become one call."""
