@@ -41,27 +41,18 @@ class Listening(TorchFunctionMode):
         self._recorder, self._writer = recorder, recorder.writer
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._recorder.is_busy = True
+        self._recorder.is_busy = True  # what runs inside the function will run again when the graph calls it
         try:
             return self._heard(function, args, kwargs or {})
         finally:
             self._recorder.is_busy = False
-
-    def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """The call itself, which may run what is none of the recorder's."""
-        args, kwargs = concrete(args), concrete(kwargs)
-        self._recorder.is_busy = False
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self._recorder.is_busy = True
 
     def _heard(self, function: Any, args: Any, kwargs: Any) -> Any:
         name = name_of(function)
         if self._writer.writes and ambient(listening=False) != self._recorder.ambient:
             self._recorder.give_up(OTHER_MODE)
         if not self._writer.writes or name in SILENT:
-            return self._run(function, args, kwargs)
+            return function(*concrete(args), **concrete(kwargs))
         if name.startswith("sym_"):
             return function(*args, **kwargs)
         if args and isinstance(args[0], Tensor) and name in SIZES:
@@ -76,7 +67,7 @@ class Listening(TorchFunctionMode):
                 made = self._writer.argument(args), self._writer.argument(kwargs)
             except Unrecordable as failure:
                 self._recorder.give_up(str(failure))
-        result = self._run(function, args, kwargs)
+        result = function(*concrete(args), **concrete(kwargs))
         if not self._writer.writes:
             return result
         try:
