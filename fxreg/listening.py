@@ -41,20 +41,28 @@ class Listening(TorchFunctionMode):
         self._recorder, self._writer = recorder, recorder.writer
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._recorder.is_busy = True  # what runs inside the function will run again when the graph calls it
+        self._recorder.is_busy = True
         try:
             return self._heard(function, args, kwargs or {})
         finally:
             self._recorder.is_busy = False
+
+    def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """The call itself, in which the user's code may run: by an operator of a type of theirs, say."""
+        self._recorder.is_busy = False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._recorder.is_busy = True
 
     def _heard(self, function: Any, args: Any, kwargs: Any) -> Any:
         name = name_of(function)
         if self._writer.writes and ambient(listening=False) != self._recorder.ambient:
             self._recorder.give_up(OTHER_MODE)
         if not self._writer.writes or name in SILENT:
-            return function(*concrete(args), **concrete(kwargs))
+            return self._run(function, concrete(args), concrete(kwargs))
         if name.startswith("sym_"):
-            return function(*args, **kwargs)
+            return self._run(function, args, kwargs)
         if args and isinstance(args[0], Tensor) and name in SIZES:
             return self._sizes(name, *args, **kwargs)
         if catcher := inside_handler():
@@ -67,7 +75,7 @@ class Listening(TorchFunctionMode):
                 made = self._writer.argument(args), self._writer.argument(kwargs)
             except Unrecordable as failure:
                 self._recorder.give_up(str(failure))
-        result = function(*concrete(args), **concrete(kwargs))
+        result = self._run(function, concrete(args), concrete(kwargs))
         if not self._writer.writes:
             return result
         try:

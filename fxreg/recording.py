@@ -98,7 +98,7 @@ class Recorder:
         self.state = self._before[0]
         self._is_suspicious, self.is_busy = False, False
         self._made: dict[int, nn.Module] = {}
-        self._own, self._looked_into = dict[int, Any](), dict[int, Any]()
+        self._own: dict[int, Any] = {}
 
     # What interception asks.
 
@@ -124,12 +124,10 @@ class Recorder:
 
     @unheard
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
-        path = self._paths.get(module)
-        if (path is None or id(value) not in self._looked_into) and leads_to_iterator(value):
+        if leads_to_iterator(value):
             self.give_up(f"reads the iterator {type(module).__name__}.{name}")
-        elif path is not None:
-            self._looked_into[id(value)] = value
-            self.ledger.read(self._frames[-1].path, path, name, value)
+        elif module in self._paths:
+            self.ledger.read(self._frames[-1].path, self._paths[module], name, value)
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         if not isinstance(value, nn.Module | Tensor):
@@ -343,7 +341,6 @@ class Recorder:
             self.opaque = frame.opaque
             if self._watches and not is_plain_layer(frame.module):
                 self._before = self._state()
-                self._looked_into.clear()
 
     def _whole(self, frame: _Frame, result: Any) -> Any:
         """What a module gave that has become one call."""
