@@ -24,6 +24,7 @@ from .torch_calls import (
     is_certain,
     is_in_place,
     is_refused,
+    is_torchs,
     name_of,
     nodes_in,
     validating,
@@ -59,6 +60,8 @@ class Listening(TorchFunctionMode):
         name = name_of(function)
         if self._writer.writes and ambient(listening=False) != self._recorder.ambient:
             self._recorder.give_up(OTHER_MODE)
+        elif not is_torchs(function):
+            self._recorder.give_up(f"calls {name} as if it were torch's")
         if not self._writer.writes or name in SILENT:
             return self._run(function, concrete(args), concrete(kwargs))
         if name.startswith("sym_"):

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.distributions import Distribution
 from torch.overrides import is_tensor_method_or_property
 
+from .packages import is_library
 from .shapes import LAYER, has_fixed_shape, torch_name
 
 SIZES = {"shape", "size", "numel", "nelement", "__len__"}
@@ -70,6 +71,12 @@ def name_of(function: Any) -> str:
     """The name of a function, method or property."""
     name = str(getattr(function, "__name__", ""))
     return str(function.__self__.__name__) if name == "__get__" else name
+
+
+def is_torchs(function: Any) -> bool:
+    """Whether a function is torch's own, and its name means something: anybody's may be heard of
+    (`torch.overrides.wrap_torch_function`)."""
+    return not isinstance(function, types.FunctionType) or is_library(function.__module__)
 
 
 def is_refused(function: Any, name: str) -> bool:

@@ -1167,3 +1167,121 @@ class IntOfQuotient(Net):
 class PartsOfASize(Net):
     def run(self, x: Tensor) -> Any:
         return sum(self.fc(part).sum(0) for part in x.split(3)) + self.op(x)
+
+
+# What runs inside a torch function is the user's, or seems to be torch's.
+
+_gain = 2.0
+
+
+def _set_gain(gain: float) -> None:
+    global _gain
+    _gain = gain
+
+
+def other_gain() -> tuple[Any]:
+    def call(called: nn.Module, model: nn.Module) -> Any:
+        _set_gain(3.0)
+        return called(ONES)
+
+    return (call,)
+
+
+class Gain(Net):
+    """A new model starts with a gain of 2."""
+
+    def prepare(self) -> None:
+        _set_gain(2.0)
+
+
+class _Number:
+    def __float__(self) -> float:
+        return _gain
+
+    def __bool__(self) -> bool:
+        return _gain > 2
+
+    def __int__(self) -> int:
+        return int(_gain)
+
+
+@attack("a number that an object gives to a function of torch's", later=other_gain)
+class NumberOfAnObject(Gain):
+    number = _Number()
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * torch.sym_float(self.number)
+
+
+@attack("a decision that an object takes for a function of torch's", later=other_gain)
+class DecisionOfAnObject(Gain):
+    number = _Number()
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) if torch.sym_not(self.number) else self.fc(x) * 3
+
+
+class _Word(str):
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) if _gain < 3 else other == "sum"
+
+    __hash__ = str.__hash__
+
+
+@attack("a word that is another one now", later=other_gain)
+class ChangingWord(Gain):
+    word = _Word("mean")
+
+    def run(self, x: Tensor) -> Any:
+        return F.l1_loss(self.fc(x), x, reduction=self.word)
+
+
+@torch.overrides.wrap_torch_function(lambda x: (x,))
+def dim(x: Tensor) -> float:
+    return x.ndim * _gain
+
+
+@torch.overrides.wrap_torch_function(lambda x, at: (x,))
+def size(x: Tensor, at: int) -> float:
+    return x.shape[at] * _gain
+
+
+@attack("a function that is called as one of torch's, and is none", later=other_gain)
+class AnotherDim(Gain):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * dim(x)
+
+
+@attack("a function that is called as one of torch's that tell a size, and is none", later=other_gain)
+class AnotherSize(Net):
+    def prepare(self) -> None:
+        _set_gain(1.0)  # as good as torch's, so far
+
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * size(x, 0)
+
+
+_box = [2.0]
+_iterators = {"endless": iter(functools.partial(_box.__getitem__, 0), None)}
+
+
+def other_in_the_box() -> tuple[Any]:
+    def call(called: nn.Module, model: nn.Module) -> Any:
+        _box[0] = 3.0
+        return called(ONES)
+
+    return (call,)
+
+
+@attack("an iterator that comes into a list after it was read, and goes again", later=other_in_the_box)
+class IteratorComesAndGoes(Net):
+    def prepare(self) -> None:
+        _box[0] = 2.0
+        self.held: list[Any] = []
+
+    def run(self, x: Tensor) -> Any:
+        held, y = self.held, self.fc(x)
+        held.append(_iterators["endless"])
+        y = y * next(self.held[0])
+        self.held.clear()
+        return y
