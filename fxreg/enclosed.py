@@ -3,11 +3,15 @@
 import collections
 import dis
 import functools
+import io
+import queue
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+
+from .packages import is_foreign
 
 
 def enclosed(function: Callable[..., Any]) -> list[Any]:
@@ -24,6 +28,25 @@ def enclosed(function: Callable[..., Any]) -> list[Any]:
 def defaults(function: Callable[..., Any]) -> list[Any]:
     """The defaults of a function's arguments, positional and keyword."""
     return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def holds_iterator(value: Any, depth: int = 3) -> bool:
+    """Whether what a name stands for is an iterator, or has one in it: in a container, a closure, or an attribute of an
+    object or a class of the user's. A file is none: to read on in it is nothing that a forward does."""
+    if hasattr(type(value), "__next__") or isinstance(value, queue.SimpleQueue):
+        return not isinstance(value, io.IOBase)
+    inner: Iterable[Any] = ()
+    if isinstance(value, dict):
+        inner = entries(value).values()
+    elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+        inner = value
+    elif isinstance(value, types.FunctionType):
+        inner = enclosed(value)
+    elif isinstance(value, type):
+        inner = () if is_foreign(value.__module__) or issubclass(value, torch.nn.Module) else [*vars(value).values()]
+    elif not isinstance(value, types.ModuleType | torch.nn.Module) and not is_foreign(type(value).__module__):
+        inner = [*getattr(value, "__dict__", {}).values()]
+    return depth > 0 and any(holds_iterator(one, depth - 1) for one in inner)
 
 
 def entries(value: dict[Any, Any]) -> dict[Any, Any]:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .ambient import ambient, kept_answer
-from .enclosed import PUTS, codes_in, defaults, enclosed, names_in_code, slots
+from .enclosed import PUTS, codes_in, defaults, enclosed, holds_iterator, names_in_code, slots
 from .hearing import untold
 from .packages import is_library
 
@@ -310,7 +310,7 @@ def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
             return _ASKS[argument]
         if looks_past(instructions, position):
             return PAST
-        if name == "LOAD_GLOBAL" and hasattr(type(space.get(argument)), "__next__"):
+        if name == "LOAD_GLOBAL" and holds_iterator(space.get(argument)):
             return f"reads the iterator {argument}"
         if name == "LOAD_GLOBAL" and (asks := _asks_under_another_name(space.get(argument))):
             return asks

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .enclosed import enclosed, entries, slots, slotted
+from .enclosed import enclosed, entries, holds_iterator, slots, slotted
 from .scanning import functions_of, global_objects, mentioned_names, names_in
 
 _INERT = (
@@ -332,7 +332,7 @@ def iterator_kept(model: nn.Module) -> tuple[str, str] | None:
                 return path, name
         for function in functions_of(module):
             for name in names_in(function.__code__):
-                if hasattr(type(function.__globals__.get(name)), "__next__"):
+                if holds_iterator(function.__globals__.get(name)):
                     return path, name
     return None
 

@@ -889,6 +889,64 @@ class GlobalIterator(Net):
         return self.fc(x) * next(_counted)
 
 
+_registry: dict[str, Any] = {}
+
+
+class _Registry:
+    count: Any
+
+
+class _Counter:
+    count: Any
+
+
+_registered = _Registry()
+
+
+def _closing_over(count: Any) -> Any:
+    return lambda: next(count)
+
+
+_counting: Any = None
+
+
+def _register_anew() -> None:
+    global _counting
+    _registry["count"] = itertools.count(1)
+    _registered.count = itertools.count(1)
+    _Counter.count = itertools.count(1)
+    _counting = _closing_over(itertools.count(1))
+
+
+_register_anew()
+
+
+@case("an iterator in a global dict", reset=_register_anew, unverifiable=_KEPT)
+class IteratorInGlobalDict(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * next(_registry["count"])
+
+
+@case("an iterator in a global object", reset=_register_anew, unverifiable=_KEPT)
+class IteratorInGlobalObject(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        for count in _registered.count:
+            return self.fc(x) * count
+        return x
+
+
+@case("an iterator in a class", reset=_register_anew, unverifiable=_KEPT)
+class IteratorInClass(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * next(_Counter.count)
+
+
+@case("an iterator that a global function closes over", reset=_register_anew, unverifiable=_KEPT)
+class IteratorInGlobalClosure(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * _counting()
+
+
 @case("a list inside a dict that grows", state=lambda m: len(m.log["calls"]))
 class NestedLog(Net):
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import random
 import types
+import weakref
 from typing import Any
 
 import numpy as np
@@ -1262,7 +1263,14 @@ class AnotherSize(Net):
 
 
 _box = [2.0]
-_iterators = {"endless": iter(functools.partial(_box.__getitem__, 0), None)}
+
+
+class _Hidden(dict[str, Any]):
+    """What weak references may lead to."""
+
+
+_iterators = _Hidden(endless=iter(functools.partial(_box.__getitem__, 0), None))
+_hidden: Any = weakref.ref(_iterators)
 
 
 def other_in_the_box() -> tuple[Any]:
@@ -1281,7 +1289,7 @@ class IteratorComesAndGoes(Net):
 
     def run(self, x: Tensor) -> Any:
         held, y = self.held, self.fc(x)
-        held.append(_iterators["endless"])
+        held.append(_hidden()["endless"])
         y = y * next(self.held[0])
         self.held.clear()
         return y
