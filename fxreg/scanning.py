@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from torch import nn
 from .ambient import ambient, kept_answer
 from .enclosed import PUTS, codes_in, defaults, enclosed, holds_iterator, names_in_code, slots
 from .hearing import untold
-from .packages import is_library
+from .packages import is_foreign, is_library
 
 PAST = "reads what an object keeps, past its attributes"
 LOOKS_PAST = dict.fromkeys(("getattr_static", "__getstate__", "__reduce_ex__"), PAST)
@@ -217,6 +218,21 @@ def names_in(code: types.CodeType) -> frozenset[str]:
     return frozenset(name for one in codes_in(code) for name in (*one.co_names, *_matched(one)))
 
 
+def iterator_named(code: types.CodeType, space: Mapping[str, Any]) -> str | None:
+    """The global name by which code may reach an iterator, or that of a module of the user's and of what is in it."""
+    names = names_in(code)
+    for name in names:
+        value = space.get(name, sys.modules.get(name))
+        if not isinstance(value, types.ModuleType):
+            if holds_iterator(value):
+                return name
+        elif not is_foreign(value.__name__):
+            kept = next((one for one in names if holds_iterator(vars(value).get(one))), None)
+            if kept is not None:
+                return f"{name}.{kept}"
+    return None
+
+
 def _matched(code: types.CodeType) -> Iterator[str]:
     """The attributes that are asked for by `case Point(x=0)`."""
     for one, after in itertools.pairwise(dis.get_instructions(code)):
@@ -301,6 +317,8 @@ def _changes_a_global(code: types.CodeType, space: dict[str, Any]) -> bool:
 def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
     if asks := ambient(code, space):
         return asks
+    if name := iterator_named(code, space):
+        return f"reads the iterator {name}"
     instructions = [*dis.get_instructions(code)]
     if code.co_exceptiontable and "BEFORE_WITH" not in {i.opname for i in instructions}:
         return "catches exceptions"
@@ -310,8 +328,6 @@ def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
             return _ASKS[argument]
         if looks_past(instructions, position):
             return PAST
-        if name == "LOAD_GLOBAL" and holds_iterator(space.get(argument)):
-            return f"reads the iterator {argument}"
         if name == "LOAD_GLOBAL" and (asks := _asks_under_another_name(space.get(argument))):
             return asks
         if name == "LOAD_DEREF" and argument == "__class__" and instructions[position + 1].opname == "LOAD_ATTR":

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .enclosed import enclosed, entries, holds_iterator, slots, slotted
-from .scanning import functions_of, global_objects, mentioned_names, names_in
+from .enclosed import enclosed, entries, slots, slotted
+from .scanning import functions_of, global_objects, iterator_named, mentioned_names
 
 _INERT = (
     bool, int, float, complex, str, bytes, types.NoneType, type, types.ModuleType, types.BuiltinFunctionType,
@@ -331,9 +331,8 @@ def iterator_kept(model: nn.Module) -> tuple[str, str] | None:
             if leads_to_iterator(value) and any(name in mentioned_names(one) for one in model.modules()):
                 return path, name
         for function in functions_of(module):
-            for name in names_in(function.__code__):
-                if holds_iterator(function.__globals__.get(name)):
-                    return path, name
+            if name := iterator_named(function.__code__, function.__globals__):
+                return path, name
     return None
 
 

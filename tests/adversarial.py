@@ -900,6 +900,9 @@ class _Counter:
     count: Any
 
 
+_program: Any = types.ModuleType("program")
+
+
 _registered = _Registry()
 
 
@@ -915,6 +918,7 @@ def _register_anew() -> None:
     _registry["count"] = itertools.count(1)
     _registered.count = itertools.count(1)
     _Counter.count = itertools.count(1)
+    _program.count = itertools.count(1)
     _counting = _closing_over(itertools.count(1))
 
 
@@ -939,6 +943,12 @@ class IteratorInGlobalObject(Net):
 class IteratorInClass(Net):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x) * next(_Counter.count)
+
+
+@case("an iterator in a module", reset=_register_anew, unverifiable=_KEPT)
+class IteratorInModule(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * next(_program.count)
 
 
 @case("an iterator that a global function closes over", reset=_register_anew, unverifiable=_KEPT)
