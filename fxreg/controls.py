@@ -155,7 +155,7 @@ def penalties(gm: nn.Module, /, *inputs: Any, **named: Any) -> dict[str, Tensor]
 
     for edit in plan.edits:
         if isinstance(edit, OnForward):
-            add(edit.label, torch.zeros(()))
+            add(edit.label, torch.zeros((), device=state.loss_scale.device))
         elif isinstance(edit.effect.definition, Penalty):
             live = live_strengths(state, edit.label, edit.effect)
             value = edit.effect.definition.formula.value(parameters[edit.site], live, live_arguments(state, edit))

@@ -54,7 +54,7 @@ def call_penalized(
 # Dynamo would not see the hooks.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _penalized(module: nn.Module, watched: list[Watched], call: Callable[..., Any], args: tuple[Any, ...]) -> Penalized:
-    zero = torch.zeros(())
+    zero = torch.zeros((), device=watched[0][3][0].device)
     if not torch.is_grad_enabled() and all(arguments.get("value") is False for _, _, _, _, arguments, _, _ in watched):
         return call(*args), [zero for _ in watched]
     terms: list[list[Tensor]] = [[] for _ in watched]

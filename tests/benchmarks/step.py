@@ -26,7 +26,7 @@ import torch
 from tabulate import tabulate
 
 from .capture import machine
-from .rows import MODES, PLAIN, QUICK, TWIN, WORKLOADS, Setting, rows
+from .rows import LARGE, MODES, PLAIN, QUICK, TWIN, WORKLOADS, Setting, rows
 
 TURNS, STEPS, RESAMPLES = 40, 3, 2_000
 TARGETS = {
@@ -49,15 +49,15 @@ Samples = dict[tuple[str, str], list[float]]
 """Seconds a step, turn by turn, by mode and row."""
 
 
-def seconds(step: Any, device: torch.device, clock: Callable[[], float]) -> float:
+def seconds(step: Any, steps: int, device: torch.device, clock: Callable[[], float]) -> float:
     """How long a step takes, behind one that brings its weights back into the caches."""
     step()
     _wait(device)
     start = clock()
-    for _ in range(STEPS):
+    for _ in range(steps):
         step()
     _wait(device)
-    return (clock() - start) / STEPS
+    return (clock() - start) / steps
 
 
 def _wait(device: torch.device) -> None:
@@ -65,22 +65,24 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def sample(setting: Setting, turns: int, only: str, clock: Callable[[], float] = time.perf_counter) -> Samples:
+def sample(
+    setting: Setting, turns: int, only: str, steps: int = STEPS, clock: Callable[[], float] = time.perf_counter
+) -> Samples:
     """All rows of a workload, in turns."""
     makers = {(mode, name): make for mode, name, make in rows(setting)}
-    chosen = {key for key in makers if only in ", ".join(key)}
+    chosen = {key for key in makers if re.search(only, ", ".join(key))}
     chosen |= {("compiled" if "whole" in key else key[0], PLAIN) for key in chosen} | {(m, PLAIN) for m, _ in chosen}
-    steps = {key: make() for key, make in makers.items() if key in chosen}
-    for key, step in steps.items():
+    made = {key: make() for key, make in makers.items() if key in chosen}
+    for key, step in made.items():
         print(f"  {', '.join(key)}", file=sys.stderr, flush=True)
         for _ in range(3):
             step()
-    order, found = list(steps), defaultdict[tuple[str, str], list[float]](list)
+    order, found = list(made), defaultdict[tuple[str, str], list[float]](list)
     for _ in range(turns):
         random.shuffle(order)
         for key in order:
-            found[key].append(seconds(steps[key], setting.device, clock))
-    return {key: found[key] for key in steps}
+            found[key].append(seconds(made[key], steps, setting.device, clock))
+    return {key: found[key] for key in made}
 
 
 def interval(row: list[float], base: list[float]) -> tuple[float, float, float]:
@@ -192,7 +194,7 @@ def _alive() -> int:
 def footprints(setting: Setting, only: str) -> list[list[str]]:
     out = []
     for mode, name, _ in rows(setting):
-        if mode not in ("compiled", "whole") or (only not in f"{mode}, {name}" and name != PLAIN):
+        if mode not in ("compiled", "whole") or (name != PLAIN and not re.search(only, f"{mode}, {name}")):
             continue
         with tempfile.TemporaryDirectory() as cache:
             child = [sys.executable, "-m", "tests.benchmarks.step", *sys.argv[1:], "--child", mode, name]
@@ -206,14 +208,21 @@ def footprints(setting: Setting, only: str) -> list[list[str]]:
     return out
 
 
+def _device(given: argparse.Namespace) -> str:
+    """What ran, and how, for people."""
+    name = torch.cuda.get_device_name() if given.device == "cuda" else given.device
+    return ", ".join([name, *(["bfloat16 autocast"] if given.autocast else []), *filter(None, [given.compile_mode])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke test: a small model, three turns")
     parser.add_argument("--workload", default="", help="only this one")
     parser.add_argument(
-        "--only", default="", help="only rows with this in 'mode, name', and what they are compared with"
+        "--only", default="", help="only rows whose 'mode, name' this expression finds, and what they are compared with"
     )
     parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="in a turn: more where one is short")
     parser.add_argument(
         "--cpu-time", action="store_true", help="that of the process: where others use the machine, too"
     )
@@ -225,7 +234,8 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, help="where to write the raw samples, as JSON")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    chosen = [QUICK] if given.quick else [w for w in WORKLOADS if given.workload in ("", w.name)]
+    known = WORKLOADS if given.device == "cpu" else (*WORKLOADS, *LARGE)
+    chosen = [QUICK] if given.quick else [w for w in known if given.workload in ("", w.name)]
     how = (torch.device(given.device), given.compile_mode, given.autocast, given.optimizer)
     settings = [Setting(workload, *how) for workload in chosen]
     if given.child:
@@ -233,7 +243,7 @@ def main() -> None:
         return
     load = f"load {os.getloadavg()[0]:.1f} at the start"
     measure = "CPU time" if given.cpu_time else "wall time"
-    print(f"{machine()}, {torch.get_num_threads()} threads, {load}; {given.optimizer}, {given.device}, {measure}")
+    print(f"{machine()}, {torch.get_num_threads()} threads, {load}; {given.optimizer}, {_device(given)}, {measure}")
     raw: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0], "arguments": vars(given), "seconds": {}}
     for setting in settings:
         size = sum(parameter.numel() for parameter in setting.model().parameters())
@@ -243,7 +253,7 @@ def main() -> None:
             print(tabulate(footprints(setting, given.only), header, "github", disable_numparse=True), flush=True)
             continue
         clock = time.process_time if given.cpu_time else time.perf_counter
-        samples = sample(setting, 3 if given.quick else given.turns, given.only, clock)
+        samples = sample(setting, 3 if given.quick else given.turns, given.only, given.steps, clock)
         raw["seconds"][setting.workload.name] = {", ".join(key): times for key, times in samples.items()}
         print(table(setting.workload.name, samples), flush=True)
     print(f"\nLoad {os.getloadavg()[0]:.1f} at the end.")
