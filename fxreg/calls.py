@@ -83,15 +83,33 @@ def _call_any(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
             f"{next(iter(substitutes))!r}: it would use its own parameters, untransformed. Shard the emitted module as "
             "a whole, or use via='penalty'."
         )
-    # A recurrent layer also keeps its weights in a list, and would keep the substitutes there.
+    with _unflattened(module), _dressed(module, substitutes), without_reentrant_checkpoints():
+        return call_swapped(module, substitutes, args, kwargs)
+
+
+@contextmanager
+def _unflattened(module: nn.Module) -> Iterator[None]:
+    """Recurrent layers also keep their weights in a list, and would keep stand-ins there; on a GPU they would moreover
+    move all of them into new memory, where they already are as cuDNN wants them."""
     recurrent = [inner for inner in module.modules() if isinstance(inner, nn.RNNBase)]
-    kept = [(inner._flat_weights, inner._flat_weight_refs) for inner in recurrent]
+    kept = [
+        (inner._flat_weights, inner._flat_weight_refs, inner.__dict__.get("flatten_parameters")) for inner in recurrent
+    ]
     try:
-        with _dressed(module, substitutes), without_reentrant_checkpoints():
-            return call_swapped(module, substitutes, args, kwargs)
+        for inner in recurrent:
+            inner.__dict__["flatten_parameters"] = _nothing
+        yield
     finally:
-        for inner, (weights, references) in zip(recurrent, kept, strict=True):
+        for inner, (weights, references, own) in zip(recurrent, kept, strict=True):
             inner._flat_weights, inner._flat_weight_refs = weights, references
+            if own is None:
+                del inner.__dict__["flatten_parameters"]
+            else:
+                inner.__dict__["flatten_parameters"] = own
+
+
+def _nothing() -> None:
+    pass
 
 
 def _versions(substitutes: dict[str, Tensor]) -> list[tuple[int, int]]:

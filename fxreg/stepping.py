@@ -98,6 +98,7 @@ class TrainStep:
         self._numbers: dict[int, tuple[Tensor, dict[str, float | None]]] = {}
         self._zeros: dict[torch.device, Tensor] = {}
         self._spare: dict[Tensor, dict[str, Tensor]] = {}
+        self._counts: dict[Tensor, tuple[Tensor, float | None]] = {}
         self._terms = separable_terms(gm)
         whole = WholeStep(gm, loss_fn, state_of(gm).provenance.emit, self._terms, self._update.formula)
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
@@ -158,7 +159,20 @@ class TrainStep:
             state = {**state, **{name: spare[name] for name in new}}
         if switches.get("dampening"):  # else nothing asks, and the first graph is that of all steps
             switches["new"] = bool(new)
-        return parameter, {name: _no_number(state[name]) for name in names}, switches, moves
+        live = {name: _standing(_no_number(state[name])) for name in names}
+        before = self._counts.pop(parameter, None)
+        if "step" in live and live["step"].device != parameter.device:
+            live["step"] = self._counted(parameter, state["step"], before)
+        return parameter, live, switches, moves
+
+    def _counted(self, parameter: Tensor, own: Tensor, before: tuple[Tensor, float | None] | None) -> Tensor:
+        """The count of steps that an optimizer keeps on the CPU, where the parameter is: to write into the optimizer's
+        would wait for the device."""
+        count, last = before or (torch.zeros_like(own, device=parameter.device), None)
+        if last != float(own):
+            count.fill_(float(own))
+        self._counts[parameter] = count, None  # until the step is done
+        return _standing(count)
 
     def _kept(self, groups: list[Group], moved: tuple[bool, ...]) -> set[Tensor]:
         """The parameters that moved; the new states of theirs are the optimizer's, as it would have made them."""
@@ -167,6 +181,9 @@ class TrainStep:
         for parameter in found & self._spare.keys():
             state = self.optimizer.state[parameter]
             state.update({name: one for name, one in self._spare.pop(parameter).items() if state.get(name) is None})
+        for parameter in found & self._counts.keys():
+            own = self.optimizer.state[parameter]["step"].add_(1)
+            self._counts[parameter] = self._counts[parameter][0], float(own)
         return found
 
     def _written(self, place: int, numbers: Mapping[str, float | Tensor], parameters: list[Tensor]) -> Tensor:
@@ -184,13 +201,20 @@ class TrainStep:
                 tensor[k].fill_(number)
                 last[name] = number
         self._numbers[place] = tensor, last
-        return tensor
+        return _standing(tensor)
 
     def _zero(self) -> Tensor:
         device = state_of(self.gm).loss_scale.device
         if device not in self._zeros:
             self._zeros[device] = torch.zeros(1, device=device, requires_grad=True)
         return self._zeros[device]
+
+
+def _standing(tensor: Tensor) -> Tensor:
+    """The same, for CUDA graphs to read and write where it is."""
+    if tensor.is_cuda:
+        torch._dynamo.mark_static_address(tensor)
+    return tensor
 
 
 def _no_number(state: Tensor) -> Tensor:

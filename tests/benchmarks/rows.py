@@ -103,7 +103,7 @@ WORKLOADS = (
 )
 LARGE = (
     Workload("wide mlp", lambda: mlp(4096), lambda: (torch.randn(32, 4096), torch.randn(32, 4096)), F.mse_loss),
-    Workload("large gpt", lambda: GPT(1024, 8, length=512), _tokens(8, 512), next_token),
+    Workload("large gpt", lambda: GPT(1024, length=512), _tokens(8, 512), next_token),
 )
 """What fills a GPU."""
 QUICK = Workload("quick", lambda: mlp(16, 2), lambda: (torch.randn(4, 16), torch.randn(4, 16)), F.mse_loss)
