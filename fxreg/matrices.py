@@ -17,7 +17,7 @@ def nuclear_norm(weight: Tensor) -> Tensor:
     """Sum of the singular values, R(W) = Σ σ_i: lasso on the rank.
 
     Gradient: U·Vᵀ of the singular vectors whose values are not 0, up to rounding; 0 for a matrix of zeros. It takes a
-    singular value decomposition in every step.
+    singular value decomposition in every step, which waits for a GPU.
 
     Proximal operator: U·diag(max(σ − t, 0))·Vᵀ with t = lr·s, which lowers the rank exactly.
 
