@@ -14,11 +14,10 @@ import torch
 from torch import fx, nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 
-from .errors import CaptureError
 from .freezing import frozen
 from .graphs import Lent, as_function, read, written
 from .passing import Passing
-from .staleness import Remembered, check_guarded, check_unchanged
+from .staleness import Remembered, difference
 from .structure import PLAIN, alike, likeness, tensors
 
 Way: TypeAlias = Literal["eager", "compiled", "traced"]
@@ -32,7 +31,7 @@ class Captured:
     Attributes:
         lent: the graph, which is written into in one place and stays what it was everywhere else.
         opaque: for the path of every module called as a whole, why; `""` is the root.
-        remembered: what the graph holds as it was, for `check_unchanged`.
+        remembered: what the graph holds as it was, for `staleness.difference`.
         assumed: what must hold of a call for the graph to be right; nothing if None.
         otherwise: what is to be asked where that does not hold.
         passing: how the forward's arguments are passed; known of the last of a chain.
@@ -87,14 +86,9 @@ class Captured:
         """Whether the original model's own forward may run."""
         return any("" in one.opaque for one in self.chain)
 
-    def is_stale(self, model: nn.Module, children: Mapping[str, Any]) -> bool:
+    def is_stale(self, model: nn.Module) -> bool:
         """Whether what the graph holds as it was is no longer so."""
-        try:
-            check = check_guarded if torch.compiler.is_compiling() else check_unchanged
-            check(model, self.remembered, children)
-        except CaptureError:
-            return True
-        return False
+        return difference(model, self.remembered) is not None
 
     def instead(self, difference: str) -> "Captured":
         """The same, with a note that a recording was not right."""

@@ -1,128 +1,53 @@
-"""Comparing a value with what it was when it was frozen, in code that Dynamo traces: what is compared is guarded."""
+"""Asking, in compiled code, what only Python can answer: a constant there, with a guard that asks again."""
 
-import enum
 import functools
-import types
-import weakref
-from collections import deque
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from .enclosed import enclosed
-from .structure import PLAIN
-
-_DEEP = 6
-_CONTAINERS = (list, tuple, deque, set, frozenset, dict)
 
 
-def is_as_frozen(now: Any, then: Any, depth: int = _DEEP) -> bool:
-    """Whether a value is as `freezing.frozen` found it, some levels down.
+def ask(question: Callable[..., Any], subject: Any, *constants: Any) -> Any:
+    """What `question(subject, *constants)` returns, as now, also where Dynamo traces the call: it asks while it traces,
+    and its code asks again before each call, and is compiled anew where another answer comes.
 
-    Of tensors and modules nothing is compared. What is in NumPy's arrays and scalars is a graph's input to Dynamo: no
-    guard can see it, so the graph itself asserts that it is the same.
+    Args:
+        question: a function of a module's, whose answers can be compared.
+        subject: what Dynamo can find again: something that came to the traced code from outside.
+        constants: plain values.
     """
-    if isinstance(then, PLAIN):
-        return type(now) is type(then) and bool(now == then)
-    if depth == 0 or not isinstance(then, tuple):
-        return True
-    tag = then[0]
-    if tag in ("a", "..."):
-        return True
-    if tag == "named":
-        names = (getattr(now, "__module__", None), getattr(now, "__qualname__", None), getattr(now, "__name__", None))
-        return names == then[1:]
-    if tag == "function":
-        if not isinstance(now, types.FunctionType) or now.__module__ != then[1]:
-            return False
-        carried = [now.__code__, enclosed(now), tuple(now.__defaults__ or ()), now.__kwdefaults__ or {}]
-        return _are(carried, then[2:], depth)
-    if tag == "code":
-        if not isinstance(now, types.CodeType):
-            return False
-        return now.co_qualname == then[1] and now.co_code == then[2] and _are(now.co_consts, then[4], depth)
-    if tag == "method":
-        return isinstance(now, types.MethodType) and _are([now.__func__, now.__self__], then[1:], depth)
-    if tag == "partial":
-        return isinstance(now, functools.partial) and _are([now.func, now.args, now.keywords], then[1:], depth)
-    if tag == "weakref":
-        return isinstance(now, weakref.ref) and _are([now()], then[1], depth)
-    if isinstance(now, ContextVar):
-        return _are([now.get(None)], then[1], depth)
-    if len(then) == 4:
-        return hasattr(now, "dtype") and _is_array(now, then)
-    if f"{type(now).__module__}.{type(now).__qualname__}" != tag:
-        return False
-    if isinstance(now, enum.Enum):
-        return bool(now.name == then[1])
-    return _holds(now, then, depth)
+    if not torch.compiler.is_dynamo_compiling():
+        return question(subject, *constants)
+    from torch._dynamo.comptime import comptime  # only then: else nobody needs it
+
+    answer = None
+    comptime(_answer)
+    return answer
 
 
-def _is_array(now: Any, then: tuple[Any, ...]) -> bool:
-    """Whether an array has the shape that it had; that it has the values, too, is left to the graph to assert."""
-    before = _bytes(then)
-    array = torch.as_tensor(now)
-    if tuple(array.shape) != then[2] or str(array.dtype) != f"torch.{then[1]}":  # Dynamo's scalars have other types
-        return False
-    values = array.reshape(-1).view(torch.uint8)
-    torch._assert_async(
-        (values == before).all(),
-        "the model changed since it was captured: there are other values in a NumPy array, and the graph does not "
-        "know. Transform the model again.",
+def _answer(context: Any) -> None:
+    """Ask while Dynamo traces `ask`, whose local variables these are, and see that its code asks again."""
+    from torch._dynamo.guards import install_guard  # only while something is compiled, which imports it anyway
+    from torch._dynamo.variables import ConstantVariable
+
+    def variable(name: str) -> Any:
+        found = context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
+        return getattr(found, "realize", lambda: found)()
+
+    question, constants = variable("question").as_python_constant(), variable("constants").as_python_constant()
+    subject = variable("subject")
+    answer = question(subject.value, *constants)
+    # A value that was set here, and read by what is traced, would be guarded itself.
+    tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    tracer.symbolic_locals["answer"] = ConstantVariable.create(answer)
+    if subject.source is not None:
+        again = functools.partial(_ask_again, question=question, constants=constants, answer=answer)
+        install_guard(subject.source.make_guard(again))
+
+
+def _ask_again(builder: Any, guard: Any, *, question: Any, constants: tuple[Any, ...], answer: Any) -> None:
+    builder.add_python_lambda_leaf_guard_to_root(
+        [f"___fxreg_answers_so({builder.arg_ref(guard)})"],
+        [f"fxreg: {question.__name__} of {guard.name} is {answer!r}"],
+        {"___fxreg_answers_so": lambda subject: question(subject, *constants) == answer},
     )
-    return True
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _bytes(then: tuple[Any, ...]) -> Tensor:
-    """What was in an array."""
-    return torch.tensor([*then[3]], dtype=torch.uint8)
-
-
-def _holds(now: Any, then: Any, depth: int) -> bool:
-    """Whether the same is in a container, and in an object's attributes."""
-    if isinstance(now, list | tuple | deque):
-        if not _are(now, then[1], depth):
-            return False
-    elif isinstance(now, set | frozenset):
-        if len(now) != len(then[1]):
-            return False
-        for one in now:
-            if not _is_among(one, then[1], depth - 1):
-                return False
-    elif isinstance(now, dict):
-        if len(now) != len(then[1]):
-            return False
-        for key, (then_key, before) in zip(now, then[1], strict=True):
-            if not is_as_frozen(key, then_key, depth - 1) or not is_as_frozen(now[key], before, depth - 1):
-                return False
-    attributes = then[2] if len(then) == 3 else ()
-    for name, before in attributes:
-        if not is_as_frozen(getattr(now, name, ...), before, depth - 1):
-            return False
-    if isinstance(now, _CONTAINERS):
-        return True
-    names = [name for name, _ in attributes]
-    # Dynamo guards the names where they are walked through, and not where they are counted.
-    for name in now.__dict__ if hasattr(now, "__dict__") else ():  # noqa: SIM110
-        if name not in names:
-            return False
-    return True
-
-
-def _is_among(one: Any, before: Any, depth: int) -> bool:
-    for each in before:  # noqa: SIM110  Dynamo breaks its graph in a generator expression
-        if is_as_frozen(one, each, depth):
-            return True
-    return False
-
-
-def _are(now: Any, then: Any, depth: int) -> bool:
-    if len(now) != len(then):
-        return False
-    for one, before in zip(now, then, strict=True):  # noqa: SIM110  Dynamo breaks its graph in a generator expression
-        if not is_as_frozen(one, before, depth - 1):
-            return False
-    return True

@@ -103,7 +103,6 @@ class Meaning:
         glance: the same; None until somebody looked.
         properties: what was behind those that the graph took; None until somebody looked.
         asks: whether the rules may ask parameters for what a layout does not hold.
-        difference: what was last found that is different, for code that is being compiled.
     """
 
     def __init__(self, rules: tuple[Rule, ...] | None, layout: Layout) -> None:
@@ -111,7 +110,6 @@ class Meaning:
         self.glance: Glance | None = None
         self.properties: dict[tuple[type, str], Any] | None = None
         self.asks = any(callable(rule.where) for rule in rules or ())
-        self.difference: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Meaning, (None, self.layout)

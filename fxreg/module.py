@@ -18,6 +18,7 @@ from .captured import Captured
 from .effects import Via
 from .errors import FxregError
 from .graphs import read, written
+from .guarding import ask
 from .layouts import Meaning
 from .planning import Emit, LeaveToCompanion, Plan
 
@@ -114,8 +115,6 @@ class State(nn.Module):
     ) -> None:
         super().__init__()
         vars(self).update(_model=model, others=(), islands={})
-        # Dynamo cannot look at a child that is compiled by itself in two places.
-        self.traceable = tuple(name for name, child in model._modules.items() if uncompiled(child) is child)
         self.is_island = False
         for recorded in captured.chain:
             if recorded.assumed is not None:
@@ -165,14 +164,7 @@ class State(nn.Module):
                 return False
             self._ask_again(proxy.tracer, arguments, which)
             return True
-        return not captured.is_stale(model, self.visible(model)) and captured.assumed.holds(model, arguments)
-
-    def visible(self, module: nn.Module) -> dict[str, Any]:
-        """The children of the model, or of the emitted module, that whoever runs this code can look at."""
-        children: dict[str, Any] = module._modules
-        if not torch.compiler.is_compiling():
-            return children
-        return {name: children[name] for name in self.traceable if name in children}
+        return not ask(is_stale, self, which) and captured.assumed.holds(model, arguments)
 
     def _ask_again(self, tracer: Any, arguments: tuple[Any, ...], which: int) -> None:
         """Leave the question to the graph that is being traced."""
@@ -353,6 +345,11 @@ def stand_for(island: nn.Module, module: nn.Module) -> None:
     """Let what was emitted for a stand-in of a module be the module's own forward, in its mode."""
     state = state_of(island)
     vars(state).update(_model=module, is_island=True)
+
+
+def is_stale(state: State, which: int) -> bool:
+    """Whether the model is no longer what one of its graphs holds for good."""
+    return state.captured.chain[which].is_stale(state.model)
 
 
 def mark_verified(state: State) -> None:

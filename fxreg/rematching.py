@@ -1,7 +1,7 @@
 """Noticing that rules mean something else of a model than when it was transformed.
 
 Before each call the layout of the model is looked at. Where it changed the rules are matched again, and what they would
-do now is compared with what the graph does. Compiled code has the same look as a guard.
+do now is compared with what the graph does.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from . import staleness
+from .captured import Way
 from .defining import not_traced
 from .errors import CaptureError
 from .kinds import qualified
@@ -61,34 +63,17 @@ def changed(gm: nn.Module) -> str | None:
     return f"the model changed since it was transformed: {what}. Transform the model again."
 
 
-def is_unchanged(gm: nn.Module) -> bool:
-    """The same as a guard of compiled code asks it."""
-    return changed(gm) is None
-
-
-def guard_meaning(context: Any) -> None:
-    """Look while Dynamo traces a call, and let its code look before each other call.
-
-    Args:
-        context: of `torch._dynamo.comptime`; the emitted module is the local variable `module`.
-    """
-    from torch._dynamo.guards import install_guard  # only while something is compiled, which imports it anyway
-
-    variable = context.get_local("module")._i_will_not_complain_if_bc_breaks_VariableTracker()
-    variable = getattr(variable, "realize", lambda: variable)()
-    meaning = state_of(variable.value).meaning
-    assert meaning is not None
-    meaning.difference = changed(variable.value)
-    if variable.source is not None:
-        install_guard(variable.source.make_guard(_MEANING))
-
-
-def _MEANING(builder: Any, guard: Any) -> None:  # noqa: N802  as Dynamo names what makes its guards
-    builder.add_python_lambda_leaf_guard_to_root(
-        [f"___fxreg_is_unchanged({builder.arg_ref(guard)})"],
-        [f"fxreg: the rules mean the same of {guard.name}"],
-        {"___fxreg_is_unchanged": is_unchanged},
-    )
+@not_traced
+def difference(gm: nn.Module, way: Way) -> str | None:
+    """What changed about a model since it was captured, for a way to run, or since it was transformed, if anything."""
+    state = state_of(gm)
+    # A recording of other attributes is left aside: there is another graph for them.
+    for one in state.captured.chain:
+        if one.holds_in((way,)):
+            what = staleness.difference(state.model, one.remembered, gm._modules, values=one.otherwise is None)
+            if what is not None:
+                return what
+    return changed(gm)
 
 
 # What is different.

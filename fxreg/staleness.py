@@ -9,14 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn.modules import module as module_globals
 
+from .defining import not_traced
 from .enclosed import names_in_code
-from .errors import CaptureError
 from .freezing import frozen
-from .guarding import is_as_frozen
 from .hearing import has_own_forward, untold
 from .kinds import qualified
 from .outside import Outside, read_outside
@@ -97,95 +95,37 @@ def _as_it_is(value: Any, objects: dict[int, tuple[Any, int]]) -> tuple[Any, int
     return objects[id(value)]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def check_unchanged(
-    model: nn.Module, remembered: Iterable[Remembered], children: Mapping[str, Any], values: bool = True
-) -> None:
-    """Raise unless the model still is what was captured, and its children are those of the emitted module.
+@not_traced
+def difference(
+    model: nn.Module,
+    remembered: Iterable[Remembered],
+    children: Mapping[str, Any] | None = None,
+    values: bool = True,
+) -> str | None:
+    """What is new about a model that was captured, if anything.
 
     Args:
+        children: of the emitted module, where it counts that they are the model's.
         values: whether attributes and hooks count, too, and not only modules and parameters.
-
-    Raises:
-        CaptureError: where it changed.
     """
     for name, child in model._modules.items():
-        if children.get(name) is not child:
-            raise _changed((name,), "was replaced")
+        if children is not None and children.get(name) is not child:
+            return _changed((name,), "was replaced")
     remembered, met = [*remembered], dict[int | None, Any]()
     if values and any(one.kind for one in remembered) and _has_global_hooks():
-        raise _changed((), "is called with global hooks on modules")
+        return _changed((), "is called with global hooks on modules")
     for one in remembered:
         module = _module_at(model, one.path)
         what = "was removed" if module is None else _difference(module, one, values, met)
         if what:
-            raise _changed(one.path, what)
-
-
-def check_guarded(
-    model: nn.Module, remembered: Iterable[Remembered], children: Mapping[str, Any], values: bool = True
-) -> None:
-    """`check_unchanged` for code that is being compiled, and so in terms that Dynamo guards: of values what is plain in
-    them, and of hooks how many there are."""
-    for name, child in children.items():
-        if model._modules.get(name) is not child:
-            raise _changed((name,), "was replaced")
-    met: dict[int | None, Any] = {}
-    for one in remembered:
-        module: Any = model if not one.path else children.get(one.path[0])
-        for part in one.path[1:]:
-            module = getattr(module, part, None)
-        what = "was removed" if module is None else _guarded_difference(module, one, values, met)
-        if what:
-            raise _changed(one.path, what)
+            return _changed(one.path, what)
+    return None
 
 
 def _has_global_hooks() -> bool:
     """Whether hooks on all modules are registered, other than torch's own, which count and look."""
     hooks = (hook for kind in GLOBAL_HOOKS for hook in getattr(module_globals, kind).values())
     return any(not is_library(getattr(hook, "__module__", None)) for hook in hooks)
-
-
-def _guarded_difference(module: nn.Module, then: Remembered, values: bool, met: dict[int | None, Any]) -> str | None:
-    if then.kind:
-        if qualified(type(module)) != then.kind:
-            return "is of another type"
-        # The first is what it is, and the second is what Dynamo guards.
-        if ("forward" in module.__dict__ or not inspect.ismethod(module.forward)) and then.hooks is not None:
-            return "got a forward of its own instance"
-        if values and then.hooks is not None:
-            for kind, hooks in zip(HOOKS, then.hooks, strict=True):
-                now: Any = list(getattr(module, kind).values())
-                if len(now) != len(hooks):
-                    return "has other hooks"
-                for one, before in zip(now, hooks, strict=True):
-                    if not is_as_frozen(one, before):
-                        return "has other hooks"
-        if not _has_children(module, then.children):
-            return "has other children"
-        if values and then.hooks is not None:
-            for name, method in then.methods:
-                if isinstance(
-                    getattr(type(module), name, None), types.FunctionType
-                ):  # of a property Dynamo sees nothing
-                    found: Any = getattr(module, name)
-                    found = found.__func__ if inspect.ismethod(found) else found
-                    if not isinstance(found, types.FunctionType) or not is_as_frozen(found.__code__, method[2]):
-                        return f"has another {name!r}"
-    if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
-        return "has other parameters"
-    for name, value, number in then.values if values else ():
-        now = getattr(module, name, ...)
-        if number in met and now is met[number]:  # which Dynamo guards, of such objects
-            continue
-        if not is_as_frozen(now, value):
-            return f"has another {name!r}"
-        if number is not None:
-            met[number] = now
-    for outside in then.outside if values else ():
-        if not is_as_frozen(outside.now(), outside.value):
-            return f"reads {outside.name!r}, which is another now"
-    return None
 
 
 def _difference(module: nn.Module, then: Remembered, values: bool, met: dict[int | None, Any]) -> str | None:
@@ -304,21 +244,9 @@ def _children(module: nn.Module) -> tuple[Any, ...]:
     return tuple([(n, _children(c)) if isinstance(c, lists) else n for n, c in module._modules.items()])
 
 
-def _has_children(module: nn.Module, then: tuple[Any, ...]) -> bool:
-    """Whether a module has as many children as `_children` found, and its lists and dicts of modules theirs."""
-    if len(module._modules) != len(then):
-        return False
-    for one in then:
-        if isinstance(one, tuple):
-            child = module._modules.get(one[0])
-            if child is None or not _has_children(child, one[1]):
-                return False
-    return True
-
-
-def _changed(path: tuple[str, ...], what: str) -> CaptureError:
+def _changed(path: tuple[str, ...], what: str) -> str:
     where = f"its module {'.'.join(path)!r}" if path else "it"
-    return CaptureError(
+    return (
         f"the model changed since it was captured: {where} {what}, and the graph does not know. Transform the model "
         "again."
     )

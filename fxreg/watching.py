@@ -1,4 +1,4 @@
-"""What an emitted module is asked before it runs in eager mode, and warns of. Compiled code runs none of it."""
+"""What an emitted module is asked before it runs, and what it warns of in eager mode."""
 
 import warnings
 from typing import Any
@@ -10,10 +10,10 @@ from torch._C import _are_functorch_transforms_active  # private: no public way 
 from .captured import way
 from .effects import Penalty
 from .errors import CaptureError
+from .guarding import ask
 from .module import RegularizedModule, State, own, state_of
 from .planning import PullBack
-from .rematching import check_meaning, guard_meaning
-from .staleness import check_guarded, check_unchanged
+from .rematching import difference
 from .structure import tensors
 
 _BACKWARDS_WATCHED = 8
@@ -61,23 +61,8 @@ def _refuse_passed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _refuse_changed(module: nn.Module, args: Any) -> None:
-    state = state_of(module)
-    check = check_guarded if torch.compiler.is_compiling() else check_unchanged
-    children = state.visible(module)
-    # A recording of other attributes is left aside: there is another graph for them.
-    for one in state.captured.chain:
-        if one.holds_in((way(),)):
-            check(state.model, one.remembered, children, values=one.otherwise is None)
-    if state.meaning is None:
-        return
-    if not torch.compiler.is_compiling():
-        check_meaning(module)
-        return
-    from torch._dynamo.comptime import comptime  # only then: else nobody needs it
-
-    comptime(guard_meaning)
-    if state.meaning.difference:
-        raise CaptureError(state.meaning.difference)
+    if what := ask(difference, module, way()):
+        raise CaptureError(what)
 
 
 def _warn_unbound(module: nn.Module, args: Any) -> None:

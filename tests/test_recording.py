@@ -168,15 +168,19 @@ def test_attacks_are_the_models_or_refused(name: str) -> None:
     check(ATTACKS[name], L1)
 
 
+ERRING = ("HookOfFirst",)
+"""Compiled, the model itself is not what it is in eager mode: Dynamo does not guard hooks, and it gets a second one."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for k, n in enumerate((*CASES, *ATTACKS)) if not n.startswith("size-") or k % 5 == 0]
 )
 def test_compiled_calls_are_the_compiled_models(name: str) -> None:
-    check({**CASES, **ATTACKS}[name], L1, compiled=True)
+    check({**CASES, **ATTACKS}[name], L1, compiled=True, erring=name in ERRING)
 
 
-def check(case: Case, rule: fxreg.Rule, compiled: bool = False) -> None:
+def check(case: Case, rule: fxreg.Rule, compiled: bool = False, erring: bool = False) -> None:
     """Make the calls of a case with the model and with what is emitted for it, in both modes."""
     torch.manual_seed(5)
     example, later = case.example(), case.later()
@@ -188,7 +192,8 @@ def check(case: Case, rule: fxreg.Rule, compiled: bool = False) -> None:
     called, reference = gm, twin
     if compiled:
         calls = tuple(call for call in (*later[:1], example) if isinstance(call, tuple))
-        called, reference = torch.compile(gm, backend="eager"), torch.compile(twin, backend="eager")
+        called = torch.compile(gm, backend="eager")
+        reference = twin if erring else torch.compile(twin, backend="eager")
     for training in (True, False):
         for number, call in enumerate(calls if training or not compiled else calls[-1:]):
             twin.train(training)
