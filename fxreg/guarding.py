@@ -1,18 +1,22 @@
 """Asking, in compiled code, what only Python can answer: a constant there, with a guard that asks again."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 
-def ask(question: Callable[..., Any], subject: Any, *constants: Any) -> Any:
-    """What `question(subject, *constants)` returns, as now, also where Dynamo traces the call: it asks while it traces,
-    and its code asks again before each call, and is compiled anew where another answer comes.
+def ask(question: Callable[..., Any], heeds: Callable[..., bool], subject: Any, *constants: Any) -> Any:
+    """What `question(subject, *constants)` returns, also where Dynamo traces the call: it asks while it traces, and its
+    code asks again before each call, and is compiled anew where another answer comes.
+
+    What traced code writes is not there until that code runs. Where it wrote what the question may be about, Dynamo
+    breaks its graph, and asks when it was written.
 
     Args:
         question: a function of a module's, whose answers can be compared.
+        heeds: (subject, a thing, the names of attributes of it) → whether a write into them may change the answer.
         subject: what Dynamo can find again: something that came to the traced code from outside.
         constants: plain values.
     """
@@ -34,15 +38,32 @@ def _answer(context: Any) -> None:
         found = context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker()
         return getattr(found, "realize", lambda: found)()
 
-    question, constants = variable("question").as_python_constant(), variable("constants").as_python_constant()
+    question, heeds, constants = (variable(name).as_python_constant() for name in ("question", "heeds", "constants"))
     subject = variable("subject")
     answer = question(subject.value, *constants)
-    # A value that was set here, and read by what is traced, would be guarded itself.
     tracer = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    for thing, names in _written(tracer.output.side_effects):
+        if heeds(subject.value, thing, names):
+            what = f"{type(thing).__name__}.{' .'.join(names)}" if names else type(thing).__name__
+            context.graph_break(
+                f"fxreg: a {what} was written in this function before the emitted module is called, which has to see it"
+            )
+    # A value that was set here, and read by what is traced, would be guarded itself.
     tracer.symbolic_locals["answer"] = ConstantVariable.create(answer)
     if subject.source is not None:
         again = functools.partial(_ask_again, question=question, constants=constants, answer=answer)
         install_guard(subject.source.make_guard(again))
+
+
+def _written(effects: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """What was there before, and traced code has written into; and the names of attributes, where it is these."""
+    from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
+
+    things = {id(one): one for one in effects.keepalive}
+    for identity, variable in effects.id_to_variable.items():
+        kind = variable.mutation_type
+        if isinstance(kind, AttributeMutationExisting | ValueMutationExisting) and effects.is_modified(variable):
+            yield things.get(identity), tuple(effects.store_attr_mutations.get(variable, ()))
 
 
 def _ask_again(builder: Any, guard: Any, *, question: Any, constants: tuple[Any, ...], answer: Any) -> None:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, fx, nn
 
-from . import calls
+from . import calls, staleness
 from .asking import Asking
 from .captured import Captured
 from .effects import Via
@@ -35,11 +35,8 @@ def located(path: str) -> str:
 
 
 _HOOKS_OF_STATE = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 _OF_CLASS = (
     "train",
     "eval",
@@ -164,7 +161,7 @@ class State(nn.Module):
                 return False
             self._ask_again(proxy.tracer, arguments, which)
             return True
-        return not ask(is_stale, self, which) and captured.assumed.holds(model, arguments)
+        return not ask(is_stale, heeds, self, which) and captured.assumed.holds(model, arguments)
 
     def _ask_again(self, tracer: Any, arguments: tuple[Any, ...], which: int) -> None:
         """Leave the question to the graph that is being traced."""
@@ -350,6 +347,11 @@ def stand_for(island: nn.Module, module: nn.Module) -> None:
 def is_stale(state: State, which: int) -> bool:
     """Whether the model is no longer what one of its graphs holds for good."""
     return state.captured.chain[which].is_stale(state.model)
+
+
+def heeds(state: State, thing: Any, names: Sequence[str]) -> bool:
+    """Whether a write into a thing may be one into what the graphs hold for good."""
+    return staleness.heeds(state.model, [one for each in state.captured.chain for one in each.remembered], thing, names)
 
 
 def mark_verified(state: State) -> None:

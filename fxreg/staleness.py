@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as module_globals
 
 from .defining import not_traced
@@ -120,6 +120,26 @@ def difference(
         if what:
             return _changed(one.path, what)
     return None
+
+
+def heeds(model: nn.Module, remembered: Iterable[Remembered], thing: Any, names: Iterable[str]) -> bool:
+    """Whether `difference` may come out otherwise when something is written.
+
+    Args:
+        names: of the attributes that were written; none if it is a container.
+    """
+    if isinstance(thing, Tensor) or type(thing).__module__.partition(".")[0] == "fxreg":
+        return False
+    remembered = [*remembered]
+    if isinstance(thing, nn.Module):
+        read = {name for one in remembered for name, *_ in (*one.values, *one.methods)}
+        return not read.union(HOOKS, ("forward", "_modules")).isdisjoint(names)
+    if any(thing is own for module in model.modules() for own in (module._parameters, module._buffers)):
+        return False  # stand-ins come and go there
+    if type(thing) is object:  # what stands for a global variable
+        return any(outside.path[0] in names for one in remembered for outside in one.outside)
+    is_open = thing is None or isinstance(thing, type | types.ModuleType)
+    return is_open or any(one.witness.may_hold(thing) for one in remembered)
 
 
 def _has_global_hooks() -> bool:

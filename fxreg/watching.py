@@ -1,6 +1,7 @@
 """What an emitted module is asked before it runs, and what it warns of in eager mode."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from .captured import way
 from .effects import Penalty
 from .errors import CaptureError
 from .guarding import ask
-from .module import RegularizedModule, State, own, state_of
+from .module import RegularizedModule, State, heeds, own, state_of
 from .planning import PullBack
 from .rematching import difference
 from .structure import tensors
@@ -61,8 +62,12 @@ def _refuse_passed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _refuse_changed(module: nn.Module, args: Any) -> None:
-    if what := ask(difference, module, way()):
+    if what := ask(difference, _heeds, module, way()):
         raise CaptureError(what)
+
+
+def _heeds(module: nn.Module, thing: Any, names: Sequence[str]) -> bool:
+    return thing is module._modules or heeds(state_of(module), thing, names)
 
 
 def _warn_unbound(module: nn.Module, args: Any) -> None:

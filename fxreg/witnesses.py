@@ -33,6 +33,7 @@ class Witness:
     def __init__(self) -> None:
         self._functions: dict[str, Any] = {}
         self._seen: dict[str, tuple[Any, list[tuple[Any, ...]]]] = {}
+        self._unseen: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Witness, ())
@@ -55,7 +56,13 @@ class Witness:
         parts = _parts(now)
         if parts is not None:
             self._seen[name] = (now, parts)
+        (self._unseen.add if parts is None else self._unseen.discard)(name)
         return True
+
+    def may_hold(self, thing: Any) -> bool:
+        """Whether something may be among what the values are made of."""
+        parts = (part for _, parts in self._seen.values() for part in parts)
+        return bool(self._unseen) or any(thing is one or thing is own for one, _, _, own, _ in parts)
 
 
 def _parts(value: Any) -> list[tuple[Any, ...]] | None:

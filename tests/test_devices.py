@@ -199,7 +199,7 @@ def test_recurrent_layers_move_no_weights_into_new_memory_while_others_stand_in(
 ) -> None:
     """On a GPU they would; on the CPU a layer that is asked to looks, and leaves it."""
     asked: list[nn.Module] = []
-    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", asked.append)
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda layer: asked.append(layer))
     model, (x,) = build("lstm")
     if has_own:
         model.lstm.flatten_parameters = lambda: asked.append(model)

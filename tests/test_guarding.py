@@ -362,3 +362,84 @@ def test_hooks_on_all_modules_are_noticed_unless_they_are_torchs_own(is_compiled
     with FlopCounterMode(display=False) as counted:
         gm(ROW)
     assert counted.get_total_flops() > 0
+
+
+class Box:
+    def __init__(self) -> None:
+        self.by = 2.0
+        self.of: list[float] = [2.0]
+
+
+BY = 2.0
+
+
+class Boxed(nn.Module):
+    """Reads whatever can be written from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.by, self.box, self.steps = 2.0, Box(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.by * self.box.by * self.box.of[0] * BY
+
+    def write(self, where: str) -> None:
+        if where == "attribute":
+            self.by = 3.0
+        elif where == "object":
+            self.box.by = 3.0
+        elif where == "container":
+            self.box.of[0] = 3.0
+        elif where == "global":
+            global BY
+            BY = 3.0
+
+
+@pytest.mark.parametrize("where", ["attribute", "object", "container", "global"])
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_compiled_code_sees_what_it_has_written_itself(where: str, is_recorded: bool) -> None:
+    """Before the code runs, a write of its own is not there: neither for a question, nor for the guard."""
+    model = Boxed()
+    gm = fxreg.transform(model, L1, example_inputs=(ROW,) if is_recorded else None)
+    assert not fxreg.explain(gm).opaque
+    global BY
+
+    def step(x: Tensor) -> Any:
+        model.write(where)
+        return gm(x)
+
+    try:
+        with pytest.raises(Exception, match=r"since it was captured: it (has another|reads)"):
+            torch.compile(step, backend="eager")(ROW)
+        torch.compiler.reset()
+        model.by, model.box, BY = 2.0, Box(), 2.0
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="was written in this function before the emitted"):
+            torch.compile(step, backend="eager", fullgraph=True)(ROW)
+    finally:
+        BY = 2.0
+
+
+OTHERS: dict[str, int] = {"steps": 0}
+SEEN: list[int] = []
+
+
+def test_compiled_code_is_whole_where_it_writes_what_no_graph_holds() -> None:
+    model, other, box = Boxed(), Boxed(), Box()
+    gm = fxreg.transform(model, [L1, fxreg.Rule(fxreg.clip_norm(1.0))])
+
+    def step(x: Tensor) -> Any:
+        model.steps += 1
+        other.steps += 1
+        box.by += 1.0
+        box.of.append(3.0)
+        OTHERS["steps"] += 1
+        SEEN.append(1)
+        first = gm(x)
+        model.steps += 1
+        return first + gm(first)
+
+    run = torch.compile(step, backend="eager", fullgraph=True)
+    for count in (1, 2):
+        torch.testing.assert_close(run(ROW), model(ROW) + model(model(ROW)), rtol=0, atol=0)
+        assert (model.steps, other.steps, len(SEEN)) == (2 * count, count, count)
