@@ -51,8 +51,7 @@ def _answer(context: Any) -> None:
     # A value that was set here, and read by what is traced, would be guarded itself.
     tracer.symbolic_locals["answer"] = ConstantVariable.create(answer)
     if subject.source is not None:
-        again = functools.partial(_ask_again, question=question, constants=constants, answer=answer)
-        install_guard(subject.source.make_guard(again))
+        install_guard(subject.source.make_guard(_asking_again(question, constants, answer)))
 
 
 def _written(effects: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
@@ -64,6 +63,12 @@ def _written(effects: Any) -> Iterator[tuple[Any, tuple[str, ...]]]:
         kind = variable.mutation_type
         if isinstance(kind, AttributeMutationExisting | ValueMutationExisting) and effects.is_modified(variable):
             yield things.get(identity), tuple(effects.store_attr_mutations.get(variable, ()))
+
+
+@functools.lru_cache
+def _asking_again(question: Callable[..., Any], constants: tuple[Any, ...], answer: Any) -> Callable[..., None]:
+    """What makes the guard: one object for one question and answer, for Dynamo to see that it has it already."""
+    return functools.partial(_ask_again, question=question, constants=constants, answer=answer)
 
 
 def _ask_again(builder: Any, guard: Any, *, question: Any, constants: tuple[Any, ...], answer: Any) -> None:

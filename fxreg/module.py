@@ -34,6 +34,7 @@ def located(path: str) -> str:
     return f"{CHILD}.model.{path}" if path.partition(".")[0] in _TAKEN else path
 
 
+_OWN = ("_graph", "_compiled_call_impl")  # what no copy has in common; the second is of `gm.compile()`
 _HOOKS_OF_STATE = (
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
@@ -275,13 +276,13 @@ class RegularizedModule(fx.GraphModule):
 
     def __copy__(self) -> "RegularizedModule":
         result = _restored()
-        vars(result).update({k: v for k, v in vars(self).items() if k != "_graph"})
+        vars(result).update({k: v for k, v in vars(self).items() if k not in _OWN})
         type(result).__name__ = type(self).__name__
         result._set_graph(copy.deepcopy(self.graph))
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {k: v for k, v in vars(self).items() if k not in ("_graph", "_code")}
+        state = {k: v for k, v in vars(self).items() if k not in (*_OWN, "_code")}
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             state[kind] = OrderedDict((key, _pickled(hook)) for key, hook in state[kind].items())
         return (_restored, (), {"attributes": state, "graph": written(self.graph), "name": type(self).__name__})
@@ -294,7 +295,7 @@ class RegularizedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "RegularizedModule":
         result = _restored()
         memo[id(self)] = result
-        attributes = {k: copy.deepcopy(v, memo) for k, v in vars(self).items() if k != "_graph"}
+        attributes = {k: copy.deepcopy(v, memo) for k, v in vars(self).items() if k not in _OWN}
         vars(result).update(attributes)
         type(result).__name__ = type(self).__name__
         result._set_graph(copy.deepcopy(self.graph))

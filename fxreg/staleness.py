@@ -133,12 +133,17 @@ def heeds(model: nn.Module, remembered: Iterable[Remembered], thing: Any, names:
     remembered = [*remembered]
     if isinstance(thing, nn.Module):
         read = {name for one in remembered for name, *_ in (*one.values, *one.methods)}
-        return not read.union(HOOKS, ("forward", "_modules")).isdisjoint(names)
-    if any(thing is own for module in model.modules() for own in (module._parameters, module._buffers)):
-        return False  # stand-ins come and go there
+        return not read.union(HOOKS, thing._modules, ("forward", "_modules")).isdisjoint(names)
+    if isinstance(thing, dict):
+        for module in model.modules():
+            if thing is module._parameters or thing is module._buffers:  # stand-ins come and go there
+                return False
+            own = vars(module)
+            if thing is own or any(thing is own.get(kind) for kind in ("_modules", *HOOKS)):
+                return True
     if type(thing) is object:  # what stands for a global variable
         return any(outside.path[0] in names for one in remembered for outside in one.outside)
-    is_open = thing is None or isinstance(thing, type | types.ModuleType)
+    is_open = thing is None or isinstance(thing, type | types.ModuleType | types.CellType)
     return is_open or any(one.witness.may_hold(thing) for one in remembered)
 
 

@@ -1,5 +1,6 @@
 """Under torch.compile: Inductor's gradients, graph breaks, compilations, and where nothing may be computed."""
 
+import copy
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -236,3 +237,15 @@ def test_compiled_no_grad_graph_holds_no_penalty() -> None:
 
 def terms_rules(lowering: str) -> list[fxreg.Rule]:
     return [term.rule for term in terms_of(lowering)]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda gm: pickle.loads(pickle.dumps(gm))])
+def test_a_copy_of_a_module_that_was_compiled_in_place_is_its_own(copied: Any) -> None:
+    gm = fxreg.transform(nn.Linear(3, 2), fxreg.Rule(fxreg.l1(0.1)))
+    gm.compile(backend="eager", fullgraph=True)
+    gm(torch.ones(2, 3))
+    other = copied(gm)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not other(torch.ones(2, 3)).any()

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxreg
+from fxreg import watching
 
 from . import settings
 
@@ -371,6 +372,7 @@ class Box:
 
 
 BY = 2.0
+OTHER = nn.Linear(4, 4)
 
 
 class Boxed(nn.Module):
@@ -391,12 +393,14 @@ class Boxed(nn.Module):
             self.box.by = 3.0
         elif where == "container":
             self.box.of[0] = 3.0
+        elif where == "child":
+            self.linear = OTHER
         elif where == "global":
             global BY
             BY = 3.0
 
 
-@pytest.mark.parametrize("where", ["attribute", "object", "container", "global"])
+@pytest.mark.parametrize("where", ["attribute", "object", "container", "child", "global"])
 @pytest.mark.parametrize("is_recorded", [False, True])
 def test_compiled_code_sees_what_it_has_written_itself(where: str, is_recorded: bool) -> None:
     """Before the code runs, a write of its own is not there: neither for a question, nor for the guard."""
@@ -410,14 +414,45 @@ def test_compiled_code_sees_what_it_has_written_itself(where: str, is_recorded: 
         return gm(x)
 
     try:
-        with pytest.raises(Exception, match=r"since it was captured: it (has another|reads)"):
+        with pytest.raises(Exception, match=r"since it was captured: it(s module 'linear' was| has another| reads)"):
             torch.compile(step, backend="eager")(ROW)
         torch.compiler.reset()
-        model.by, model.box, BY = 2.0, Box(), 2.0
+        model.by, model.linear, BY = 2.0, gm.linear, 2.0
+        model.box.by, model.box.of[0] = 2.0, 2.0
         with pytest.raises(torch._dynamo.exc.Unsupported, match="was written in this function before the emitted"):
             torch.compile(step, backend="eager", fullgraph=True)(ROW)
     finally:
         BY = 2.0
+
+
+# What Dynamo does, looking at its inputs after a graph break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_code_sees_what_it_writes_and_takes_back() -> None:
+    model = Odd()
+    gm = fxreg.transform(model, L1, example_inputs=(ROW,))
+
+    def step(of: nn.Module, x: Tensor) -> Any:
+        first = of(x)
+        model.first.value = F.silu
+        second = of(x)
+        model.first.value = F.relu
+        return first, second
+
+    run = torch.compile(step, backend="eager")
+    for _ in range(3):
+        torch.testing.assert_close(run(gm, ROW), step(model, ROW), rtol=0, atol=0)
+
+
+def test_compiled_code_asks_once_however_often_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    question = watching.difference
+    monkeypatch.setattr(watching, "difference", lambda gm, way: asked.append(way) or question(gm, way))
+    gm = fxreg.transform(nn.Linear(4, 4), L1)
+    run = torch.compile(lambda x: gm(gm(gm(x))), backend="eager", fullgraph=True)
+    run(ROW)
+    asked.clear()
+    run(ROW)
+    assert asked == ["compiled"]
 
 
 OTHERS: dict[str, int] = {"steps": 0}
