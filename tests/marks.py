@@ -1,6 +1,7 @@
-"""Which cases of a test are among the quick ones."""
+"""Which cases of a test are among the quick ones, and which of very many are run."""
 
-from collections.abc import Collection, Iterable
+import os
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -12,3 +13,8 @@ def slow_but(quick: Collection[Any], cases: Iterable[Any]) -> list[Any]:
         pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if case in quick else pytest.mark.slow)
         for case in cases
     ]
+
+
+def some(cases: Sequence[Any], every: int = 3) -> Sequence[Any]:
+    """One in so many cases; with EVERY_CASE=1 all of them, as after a change of what they are about."""
+    return cases if os.environ.get("EVERY_CASE") else cases[::every]

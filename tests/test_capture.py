@@ -29,7 +29,7 @@ from torch.overrides import _len_torch_function_stack  # private: no public way 
 import fxreg
 
 from .adversarial import CASES, Block, Branching, Case, Net
-from .marks import slow_but
+from .marks import slow_but, some
 
 pytestmark = [
     # Of the old normalizations and of scripting, and of Dynamo looking at its inputs after a graph break.
@@ -132,7 +132,7 @@ def observe(
     torch.manual_seed(7)
     calls = case.inputs()
     planned = [("train", calls[:most]), ("eval", calls[: min(most, 2)]), ("no_grad", calls[: most - 1][:1])]
-    for mode, number, call in ((mode, *pair) for mode, some in planned for pair in enumerate(some)):
+    for mode, number, call in ((mode, *pair) for mode, made in planned for pair in enumerate(made)):
         args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
         args, kwargs = fresh((args, kwargs))
         called.train(mode == "train")
@@ -382,7 +382,7 @@ def test_plain_tracing_is_wrong_or_refuses(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("scripted_root", "compiled_root")])
+@pytest.mark.parametrize("name", some([name for name in CASES if name not in ("scripted_root", "compiled_root")]))
 def test_compiled_it_trains_as_the_compiled_model(name: str) -> None:
     case = CASES[name]
     model = build(case)
