@@ -452,7 +452,7 @@ def test_compiled_code_asks_once_however_often_it_calls(monkeypatch: pytest.Monk
     run(ROW)
     asked.clear()
     run(ROW)
-    assert asked == ["compiled"]
+    assert len(asked) == 1
 
 
 OTHERS: dict[str, int] = {"steps": 0}
