@@ -4,7 +4,7 @@ It re-derives everything the hard way: outputs and buffers from the original mod
 original model plus the rules' formulas. None of the emitted operators is used on the reference side.
 """
 
-import functools
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .errors import FxregError, VerifyError
 from .exported import ExportedModule
 from .module import State, emitted, is_emitted, state_of, uncompiled
 from .observing import observing
-from .rederiving import moved, muting, objective, silent, with_rules
+from .rederiving import Gradients, moved, muting, objective, silent, with_rules
 from .rematching import check_meaning
 from .snapshots import borrowed, iterator_kept
 from .structure import fresh, likeness, loss_in, map_tensors, tensors
@@ -77,21 +77,22 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
     for training in modes:
         mode = "in train mode" if training else "in eval mode"
         with borrowed(model, [state], training) as reset:
-            still, known = silent(state), dict[Any, Tensor]()
+            still = silent(state)
             output = _call(model, args, kwargs)
             if [n for n, _ in inner.named_parameters()] != names:
                 raise VerifyError(
                     f"{mode}: the forward itself ties parameters, or takes some away or adds some. Call the model once "
                     "before it is transformed, or leave out example_inputs."
                 )
-            live = [k for k, tensor in enumerate(tensors(output)) if tensor.requires_grad]
-            for trial in _trials(live):
-                where = f"{mode}, {trial.name}"
-                run = functools.partial(_compared, gm, model, state, trial, args, kwargs, reset, where)
-                is_still = trial.weight == 0 or state.provenance.emit == "loss"
-                theirs = run(still, known) if is_still else run((), {})
-                if theirs is not None and trial.weight and (zeros := muting(state, theirs.gradients)):
-                    run(zeros, {})
+            whole, *single = _trials([k for k, tensor in enumerate(tensors(output)) if tensor.requires_grad])
+            side_by_side = _SideBySide(gm, model, state, args, kwargs, reset, mode)
+            if not still or state.provenance.emit == "loss":
+                gradients = side_by_side.compare([whole, *single], still)
+            else:
+                gradients = side_by_side.compare([whole])
+                side_by_side.compare(single, still)
+            if gradients is not None and (zeros := muting(state, gradients)):
+                side_by_side.compare([whole], zeros)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _trials(live: Sequence[int]) -> Iterator[_Trial]:
 
 @dataclass(frozen=True)
 class _Run:
-    """One forward and backward pass.
+    """One forward pass, and a backward pass for each trial.
 
     Attributes:
         output: detached.
@@ -121,7 +122,7 @@ class _Run:
         added: the gradients of those on activations.
         beside: the gradients of those on the function, which reads parameters raw.
         buffers: after the forward pass.
-        gradients: of every trainable parameter, and of every input that asks for one.
+        gradients: by trial, of every trainable parameter, and of every input that asks for one.
         is_rough: whether those of penalties pass through 16-bit values, which round them alone otherwise than with the
             loss's.
     """
@@ -129,46 +130,77 @@ class _Run:
     output: Any
     penalty: Tensor | None
     buffers: Mapping[str, Tensor]
-    gradients: dict[str, Tensor | None]
+    gradients: Mapping[_Trial, Gradients]
     on_forward: Tensor | None
-    added: dict[str, Tensor | None]
-    beside: dict[str, Tensor | None]
+    added: Gradients
+    beside: Gradients
     is_rough: bool
 
 
-def _compared(
-    gm: nn.Module,
-    model: nn.Module,
-    state: State,
-    trial: _Trial,
-    args: Any,
-    kwargs: Any,
-    reset: Callable[[], None],
-    where: str,
-    elsewhere: Sequence[Tensor],
-    known: dict[Any, Tensor],
-) -> _Run | None:
-    """The model's pass, once the emitted module's was compared with it, with some parameters at another place, for
-    which the penalties' gradients may be known; None where the model itself fails."""
-    reset()
-    try:
-        with moved(elsewhere):
-            theirs = _observe(model, state, trial, args, kwargs)
-    except RuntimeError as failure:
-        _expect_failure(gm, state, trial, args, kwargs, reset, f"{where}: {failure}")
-        return None
-    reset()
-    with moved(elsewhere):
+@dataclass(frozen=True)
+class _SideBySide:
+    """The emitted module and the model, in one mode."""
+
+    gm: nn.Module
+    model: nn.Module
+    state: State
+    args: Any
+    kwargs: Any
+    reset: Callable[[], None]
+    mode: str
+
+    def compare(self, trials: Sequence[_Trial], elsewhere: Sequence[Tensor] = ()) -> Gradients | None:
+        """Compare the two in all trials, with some parameters at another place; the model's gradients in the first
+        trial, if there is one and the model does not fail.
+
+        The trials share a forward pass where its graph bears several backward passes. Where the two do not agree then,
+        each trial has a forward pass of its own, and that decides.
+        """
+        known: dict[Any, Tensor] = {}
+        if len(trials) > 1 and not any(map(_is_compiled, (self.gm, self.model))):
+            with contextlib.suppress(VerifyError):
+                return self._compare_once(trials, elsewhere, known)
+        return next(iter([self._compare_once([trial], elsewhere, known) for trial in trials]), None)
+
+    def _compare_once(
+        self, trials: Sequence[_Trial], elsewhere: Sequence[Tensor], known: dict[Any, Tensor]
+    ) -> Gradients | None:
+        """The same in one forward pass; the penalties' gradients may be known."""
+        where = f"{self.mode}, {trials[0].name}"
+        self.reset()
         try:
-            ours = _observe(gm, state, trial, args, kwargs)
-        except FxregError:
-            raise
-        except Exception as failure:
-            raise VerifyError(
-                f"{where}: the emitted module raises {type(failure).__name__}, and the model does not: {failure}"
-            ) from failure
-        _compare(state, theirs, ours, trial, where, known)
-    return theirs
+            with moved(elsewhere):
+                theirs = self._observe(self.model, trials)
+        except RuntimeError as failure:
+            if len(trials) > 1:
+                raise VerifyError(f"{self.mode}: {failure}") from failure
+            self._expect_failure(trials, f"{where}: {failure}")
+            return None
+        self.reset()
+        with moved(elsewhere):
+            try:
+                ours = self._observe(self.gm, trials)
+            except FxregError:
+                raise
+            except Exception as failure:
+                raise VerifyError(
+                    f"{where}: the emitted module raises {type(failure).__name__}, and the model does not: {failure}"
+                ) from failure
+            for trial in trials:
+                _compare(self.state, theirs, ours, trial, f"{self.mode}, {trial.name}", known)
+        return theirs.gradients[trials[0]]
+
+    def _expect_failure(self, trials: Sequence[_Trial], what: str) -> None:
+        """The model itself has no gradient here: it writes into what it needs for it, say."""
+        self.reset()
+        try:
+            self._observe(self.gm, trials)
+        except RuntimeError:
+            return
+        raise VerifyError(f"{what}, says the model itself, and the emitted module does not fail.")
+
+    def _observe(self, module: nn.Module, trials: Sequence[_Trial]) -> _Run:
+        return _observe(module, self.state, trials, *map_tensors(fresh, (self.args, self.kwargs)))
 
 
 def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -176,9 +208,8 @@ def _call(module: nn.Module, args: Any, kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
-def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: Any) -> _Run:
-    """One pass of the model or of the emitted module."""
-    args, kwargs = map_tensors(fresh, (args, kwargs))
+def _observe(module: nn.Module, state: State, trials: Sequence[_Trial], args: Any, kwargs: Any) -> _Run:
+    """One forward pass of the model or of the emitted module."""
     ours = is_emitted(module)
     passing: list[Tensor] = []
     edits = () if ours else state.provenance.plan.activations
@@ -195,20 +226,25 @@ def _observe(module: nn.Module, state: State, trial: _Trial, args: Any, kwargs: 
             raise VerifyError(f"emit='output' must return (output, penalty), got {type(output).__name__}.")
         output, penalty = output
     found = list(tensors(output))
-    lost = [k for k in trial.outputs if k >= len(found) or not found[k].requires_grad]
-    if lost:
-        raise VerifyError(f"{trial.name}: output {lost[0]} lost its gradient.")
-    terms = [_probe(found, trial)] if trial.outputs else []
-    if penalty is not None and penalty.requires_grad:
-        terms.append(penalty)
-    gradients: dict[str, Tensor | None] = dict.fromkeys(parameters)
-    if terms and parameters:
-        objective = torch.stack([term.to(terms[0]) for term in terms]).sum()
-        gradients = _gradients(objective, parameters, compiled=uncompiled(module) is not module)
+    gradients: dict[_Trial, Gradients] = {}
+    for trial in trials:
+        lost = [k for k in trial.outputs if k >= len(found) or not found[k].requires_grad]
+        if lost:
+            raise VerifyError(f"{trial.name}: output {lost[0]} lost its gradient.")
+        terms = [_probe(found, trial)] if trial.outputs else []
+        if penalty is not None and penalty.requires_grad:
+            terms.append(penalty)
+        gradients[trial] = dict.fromkeys(parameters)
+        if (total := _total(terms)) is not None and parameters:
+            gradients[trial] = _gradients(total, parameters, _is_compiled(module))
     on_forward = _total([term.detach() for term in (*passing, *beside)])
     is_rough = any(map(_meets_16_bits, (*passing, *beside)))
     added, raw = (_gradients_of(_total(terms), parameters) for terms in (passing, beside))
     return _Run(map_tensors(Tensor.detach, output), penalty, buffers, gradients, on_forward, added, raw, is_rough)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return uncompiled(module) is not module
 
 
 def _meets_16_bits(penalty: Tensor) -> bool:
@@ -231,18 +267,6 @@ def _total(terms: Sequence[Tensor]) -> Tensor | None:
 
 def _gradients_of(penalty: Tensor | None, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     return {} if penalty is None or not penalty.requires_grad else _gradients(penalty, parameters, compiled=False)
-
-
-def _expect_failure(
-    gm: nn.Module, state: State, trial: _Trial, args: Any, kwargs: Any, reset: Callable[[], None], what: str
-) -> None:
-    """The model itself has no gradient here: it writes into what it needs for it, say."""
-    reset()
-    try:
-        _observe(gm, state, trial, args, kwargs)
-    except RuntimeError:
-        return
-    raise VerifyError(f"{what}, says the model itself, and the emitted module does not fail.")
 
 
 def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str, known: dict[Any, Tensor]) -> None:
@@ -275,11 +299,11 @@ def _compare(state: State, theirs: _Run, ours: _Run, trial: _Trial, where: str, 
         _compare_tensors(wanted, ours.penalty, f"{where}: the penalty", exact=False)
     for name, buffer in theirs.buffers.items():
         _compare_tensors(buffer, ours.buffers[name], f"{where}: buffer {name!r} after the call", exact=True)
-    gradients = with_rules(state, theirs.gradients, theirs.added, theirs.beside, weight, known)
+    gradients = with_rules(state, theirs.gradients[trial], theirs.added, theirs.beside, weight, known)
     rounding = _rounding(gradients.values()) if state.provenance.plan.on_forward else 0.0
     for name, gradient in gradients.items():
         tolerance = _COARSE_TOLERANCE if theirs.is_rough or gradient is None else _tolerance(gradient.dtype)
-        _compare_gradient(gradient, ours.gradients[name], f"{where}: gradient of {name!r}", tolerance, rounding)
+        _compare_gradient(gradient, ours.gradients[trial][name], f"{where}: gradient of {name!r}", tolerance, rounding)
 
 
 def _probe(outputs: Sequence[Tensor], trial: _Trial) -> Tensor:
