@@ -62,7 +62,7 @@ def deepen(
         return recorded
     compiled = None
     with as_if_compiled(), suppress(Exception):  # there it may fail, whatever it does elsewhere
-        compiled = _recorded(model, place, arguments, call, marked, sets_more, names)
+        compiled = _recorded(model, place, arguments, call, marked, sets_more, names, known=recorded)
     if compiled is None:
         return recorded
     return recorded.in_ways(("eager", "compiled")) if _alike(recorded, compiled) else recorded.before(compiled)
@@ -76,11 +76,12 @@ def _recorded(
     marked: Collection[str],
     sets_more: bool,
     names: set[str],
+    known: Captured | None = None,
 ) -> Captured | None:
     forced: dict[str, str] = {}
     for _ in range(_TRIES):
         try:
-            return _Session(model, place, arguments, call, forced, frozenset(names), marked, sets_more).recorded()
+            return _Session(model, place, arguments, call, forced, frozenset(names), marked, sets_more).recorded(known)
         except _Again as again:
             if again.names:
                 names |= again.names
@@ -113,25 +114,34 @@ class _Session:
         self.watches = False
         self.settled = self._settle()
 
-    def recorded(self) -> Captured:
-        first, other = self._recorded_twice(training=True), self._run(training=False)
+    def recorded(self, known: Captured | None) -> Captured:
+        """What the model does in both modes; each recording is made twice, unless they are what is known already."""
+        first, other = self._run(training=True), self._run(training=False)
+        if known is not None and _alike(known, captured := self._joined(first, other)):
+            return captured
+        self._confirm(first, training=True)
         found = _differing(first, other, numbers=False)
-        if not found and alike(first.writer.kept, other.writer.kept):
-            return self._captured(first, other)
         if found and not any(self._has_parameters(path) for path in found):
             raise _Again(dict.fromkeys(found, "does other things in training than in evaluation"))
-        other = self._recorded_twice(training=False)
-        return self._captured(first, first, training=True).before(self._captured(other, other, training=False))
+        if not _are_one(first, other):
+            self._confirm(other, training=False)
+        return self._joined(first, other)
 
-    def _recorded_twice(self, training: bool) -> Recorder:
-        one, again = self._run(training), self._run(training)
+    def _confirm(self, one: Recorder, training: bool) -> None:
+        """Record again, and find the same."""
+        again = self._run(training)
         if missing := one.opaque.keys() ^ again.opaque.keys():
             raise _Again({path: one.opaque.get(path, again.opaque.get(path, "")) for path in missing})
         if found := _differing(one, again, numbers=True):
             raise _Again(dict.fromkeys(found, "differs from one call to the next"))
         if not alike(one.writer.kept, again.writer.kept):
             raise _Again({"": "returns an object that differs from one call to the next"})
-        return one
+
+    def _joined(self, first: Recorder, other: Recorder) -> Captured:
+        """Both modes as one graph, or as one for each."""
+        if _are_one(first, other):
+            return self._captured(first, other)
+        return self._captured(first, first, training=True).before(self._captured(other, other, training=False))
 
     def _follows_way(self, *recorders: Recorder) -> bool:
         asks = any(one.asked.way for one in recorders) or torch.compiler.is_compiling()  # as it is to think
@@ -249,6 +259,11 @@ def _are_alike(one: Captured, other: Captured) -> bool:
         and not differing(mine.questions, theirs.questions, numbers=True)
         and not differing(one.graph, other.graph, numbers=True)
     )
+
+
+def _are_one(first: Recorder, other: Recorder) -> bool:
+    """Whether one graph is what two recordings hold, in both modes."""
+    return not _differing(first, other, numbers=False) and alike(first.writer.kept, other.writer.kept)
 
 
 def _differing(one: Recorder, other: Recorder, numbers: bool) -> set[str]:

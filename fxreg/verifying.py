@@ -74,10 +74,10 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
     for (name, own), original in zip(inner.named_parameters(), model.parameters(), strict=True):
         if own is not original:
             raise VerifyError(f"parameter {name!r} of the emitted module is not the model's own tensor.")
+    still = silent(state)
     for training in modes:
         mode = "in train mode" if training else "in eval mode"
         with borrowed(model, [state], training) as reset:
-            still = silent(state)
             output = _call(model, args, kwargs)
             if [n for n, _ in inner.named_parameters()] != names:
                 raise VerifyError(
