@@ -6,7 +6,7 @@ nothing: the emitted module then runs its other graph, which assumes nothing.
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -16,8 +16,9 @@ from torch._C import _are_functorch_transforms_active  # private: no public way 
 
 from .freezing import frozen
 from .graphs import Lent, as_function, read, written
+from .layouts import Glance
 from .passing import Passing
-from .staleness import Remembered, difference
+from .staleness import Remembered, difference, modules_of
 from .structure import PLAIN, alike, likeness, tensors
 
 Way: TypeAlias = Literal["eager", "compiled", "traced"]
@@ -86,9 +87,19 @@ class Captured:
         """Whether the original model's own forward may run."""
         return any("" in one.opaque for one in self.chain)
 
-    def is_stale(self, model: nn.Module) -> bool:
-        """Whether what the graph holds as it was is no longer so."""
-        return difference(model, self.remembered) is not None
+    def is_stale(self, model: nn.Module, glance: Glance | None) -> bool:
+        """Whether what the graph holds as it was is no longer so; of a model that may still look as it did."""
+        return difference(model, self.remembered, found=self.passed(glance)) is not None
+
+    def passed(self, glance: Glance | None) -> Sequence[Any] | None:
+        """The modules that were found to be as they were when the model looked so."""
+        _, found = (glance and glance.passed.get(id(self))) or (self, None)
+        return found
+
+    def passes(self, model: nn.Module, glance: Glance) -> None:
+        """Note that they were found so, if there was no difference at a glance."""
+        if id(self) not in glance.passed:
+            glance.passed[id(self)] = (self, modules_of(model, self.remembered))
 
     def instead(self, difference: str) -> "Captured":
         """The same, with a note that a recording was not right."""

@@ -1,8 +1,9 @@
 """Which modules and parameters a model has, and which of them are one: as data, and seen at a glance."""
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -46,19 +47,31 @@ class Glance:
 
     Args:
         asks: whether what somebody may ask of a parameter counts, too.
+
+    Attributes:
+        passed: for everything that was compared with modules as they are here, by its identity, itself and these.
     """
 
     def __init__(self, model: nn.Module, roots: Iterable[nn.Module], asks: bool = False) -> None:
+        self.passed: dict[int, tuple[Any, Any]] = {}
         self._modules, self._owners = [*model.modules()], [*model.modules(), *roots]
-        self._form, held = self._look()
-        self._ties = _ties(held)
-        self._identities = _identities(held)
+        self._types = [*map(type, self._modules)]
+        self._children_of, self._parameters_of = _PLAIN if all(map(_is_plain, self._owners)) else _OTHER
+        self._children = [dict(self._children_of(one)) for one in self._owners]
+        self._parents = [one for one, children in zip(self._owners, self._children, strict=True) if len(children) > 1]
+        self._order = [*map(tuple, map(self._children_of, self._parents))]
+        held = [*map(self._parameters_of, self._modules)]
+        self._names, self._identities, self._ties = [*map(tuple, held)], _identities(held), _ties(held)
         self._asks, self._asked = asks, _asked(held)
 
     def is_current(self) -> bool:
-        """Whether everything is as it was."""
-        form, held = self._look()
-        if form != self._form:
+        """Whether everything is as it was: asked before every call, and so answered in C as far as that goes."""
+        if [*map(type, self._modules)] != self._types or [*map(self._children_of, self._owners)] != self._children:
+            return False
+        if [*map(tuple, map(self._children_of, self._parents))] != self._order:
+            return False
+        held = [*map(self._parameters_of, self._modules)]
+        if [*map(tuple, held)] != self._names:
             return False
         identities = _identities(held)
         if identities != self._identities:
@@ -67,22 +80,32 @@ class Glance:
             self._identities = identities
         return not self._asks or _asked(held) in (None, self._asked)
 
-    def _look(self) -> tuple[Any, list[dict[str, Any]]]:
-        """What must be the same, and where the parameters are."""
-        owned: list[dict[str, Any]] = [module._modules for module in self._owners]
-        held: list[dict[str, Any]] = [module._parameters for module in self._modules]
-        names = [[tuple(each.keys()) for each in some] for some in (owned, held)]  # of a scripted module no dict
-        return ([*map(type, self._modules)], *names, _identities(owned)), held
+
+_Ask: TypeAlias = Callable[[nn.Module], dict[str, Any]]
+_PLAIN: tuple[_Ask, _Ask] = (operator.attrgetter("_modules"), operator.attrgetter("_parameters"))
+"""What gives a module's children and parameters: of modules that are equal if they are one, and keep them in dicts."""
+_OTHER: tuple[_Ask, _Ask] = (
+    lambda module: {name: id(child) for name, child in module._modules.items()},
+    lambda module: dict(module._parameters.items()),
+)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    is_equal: Any = type(module).__eq__
+    return is_equal is object.__eq__ and isinstance(module._modules, dict) and isinstance(module._parameters, dict)
 
 
 def _identities(held: Iterable[dict[str, Any]]) -> list[int]:
     return [id(one) for each in held for one in each.values()]
 
 
+_answers = operator.attrgetter("requires_grad", "dtype")
+
+
 def _asked(held: Iterable[dict[str, Any]]) -> list[Any] | None:
     """What parameters can be asked for, beside their shapes; nothing while others stand in for them."""
     found = [one for each in held for one in each.values() if one is not None]
-    return [(p.requires_grad, p.dtype) for p in found] if all(type(p) is nn.Parameter for p in found) else None
+    return [*map(_answers, found)] if {*map(type, found)} <= {nn.Parameter} else None
 
 
 def _ties(held: Iterable[dict[str, Any]]) -> list[tuple[int, Any]]:
@@ -116,3 +139,9 @@ class Meaning:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Meaning":
         return Meaning(self.rules, self.layout)
+
+
+def seen(meaning: Meaning | None) -> Glance | None:
+    """The last glance at a model, if it still looks so."""
+    glance = meaning.glance if meaning is not None else None
+    return glance if glance is not None and glance.is_current() else None

@@ -19,7 +19,7 @@ from .effects import Via
 from .errors import FxregError
 from .graphs import read, written
 from .guarding import ask
-from .layouts import Meaning
+from .layouts import Meaning, seen
 from .planning import Emit, LeaveToCompanion, Plan
 
 CHILD = "fxreg"
@@ -347,7 +347,7 @@ def stand_for(island: nn.Module, module: nn.Module) -> None:
 
 def is_stale(state: State, which: int) -> bool:
     """Whether the model is no longer what one of its graphs holds for good."""
-    return state.captured.chain[which].is_stale(state.model)
+    return state.captured.chain[which].is_stale(state.model, seen(state.meaning))
 
 
 def heeds(state: State, thing: Any, names: Sequence[str]) -> bool:

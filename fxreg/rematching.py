@@ -15,7 +15,7 @@ from .captured import Way
 from .defining import not_traced
 from .errors import CaptureError
 from .kinds import qualified
-from .layouts import Glance, Layout, Meaning, layout_of
+from .layouts import Glance, Layout, Meaning, layout_of, seen
 from .matching import select
 from .module import CHILD, RegularizedModule, State, state_of
 from .planning import OnParameter, Plan, PullBack, plan
@@ -44,36 +44,46 @@ def check_meaning(gm: nn.Module) -> None:
 @not_traced
 def changed(gm: nn.Module) -> str | None:
     """What changed about a model so that its rules mean something else, if anything."""
-    state = state_of(gm)
-    meaning = state.meaning
-    if meaning is None:
-        return None
-    if meaning.properties is None:
-        held = (captured for captured in state.captured.chain if captured.otherwise is None)
-        remembered = (one for captured in held for one in captured.remembered)
-        meaning.properties = properties_in(state.model, remembered)
-    if what := other_property(meaning.properties):
-        return f"the model changed since it was captured: {what}. Transform the model again."
-    if meaning.glance is not None and meaning.glance.is_current():
-        return None
-    what = _difference(gm, state, meaning)
-    if what is None:
-        meaning.glance = Glance(state.model, _roots(gm, state), meaning.asks)
-        return None
-    return f"the model changed since it was transformed: {what}. Transform the model again."
+    meaning = state_of(gm).meaning
+    return None if meaning is None else _changed(gm, meaning, seen(meaning))
 
 
 @not_traced
 def difference(gm: nn.Module, way: Way) -> str | None:
     """What changed about a model since it was captured, for a way to run, or since it was transformed, if anything."""
     state = state_of(gm)
+    meaning, chain = state.meaning, [one for one in state.captured.chain if one.holds_in((way,))]
+    glance = seen(meaning)
     # A recording of other attributes is left aside: there is another graph for them.
-    for one in state.captured.chain:
-        if one.holds_in((way,)):
-            what = staleness.difference(state.model, one.remembered, gm._modules, values=one.otherwise is None)
-            if what is not None:
-                return what
-    return changed(gm)
+    for one in chain:
+        values, found = one.otherwise is None, one.passed(glance)
+        if what := staleness.difference(state.model, one.remembered, gm._modules, values, found):
+            return what
+    if meaning is None:
+        return None
+    what = _changed(gm, meaning, glance)
+    if what is None and meaning.glance is not None:
+        for one in chain:
+            one.passes(state.model, meaning.glance)
+    return what
+
+
+def _changed(gm: nn.Module, meaning: Meaning, glance: Glance | None) -> str | None:
+    """The same as `changed`, of a model that may still look as it did."""
+    state = state_of(gm)
+    if meaning.properties is None:
+        held = (captured for captured in state.captured.chain if captured.otherwise is None)
+        remembered = (one for captured in held for one in captured.remembered)
+        meaning.properties = properties_in(state.model, remembered)
+    if what := other_property(meaning.properties):
+        return f"the model changed since it was captured: {what}. Transform the model again."
+    if glance is not None:
+        return None
+    what = _difference(gm, state, meaning)
+    if what is None:
+        meaning.glance = Glance(state.model, _roots(gm, state), meaning.asks)
+        return None
+    return f"the model changed since it was transformed: {what}. Transform the model again."
 
 
 # What is different.

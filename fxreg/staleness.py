@@ -5,7 +5,7 @@ import functools
 import inspect
 import types
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,25 +101,37 @@ def difference(
     remembered: Iterable[Remembered],
     children: Mapping[str, Any] | None = None,
     values: bool = True,
+    found: Sequence[Any] | None = None,
 ) -> str | None:
     """What is new about a model that was captured, if anything.
 
     Args:
         children: of the emitted module, where it counts that they are the model's.
         values: whether attributes and hooks count, too, and not only modules and parameters.
+        found: what `modules_of` gave, where modules and parameters are known to be as they were then, and were found
+            to be as they are remembered.
     """
-    for name, child in model._modules.items():
-        if children is not None and children.get(name) is not child:
-            return _changed((name,), "was replaced")
     remembered, met = [*remembered], dict[int | None, Any]()
     if values and any(one.kind for one in remembered) and _has_global_hooks():
         return _changed((), "is called with global hooks on modules")
-    for one in remembered:
-        module = _module_at(model, one.path)
+    if found is not None:
+        for one, module in zip(remembered, found, strict=True) if values else ():
+            if module is not None and (what := _other_doings(module, one) or _other_value(module, one, met)):
+                return _changed(one.path, what)
+        return None
+    for name, child in model._modules.items():
+        if children is not None and children.get(name) is not child:
+            return _changed((name,), "was replaced")
+    for one, module in zip(remembered, [_module_at(model, one.path) for one in remembered], strict=True):
         what = "was removed" if module is None else _difference(module, one, values, met)
         if what:
             return _changed(one.path, what)
     return None
+
+
+def modules_of(model: nn.Module, remembered: Iterable[Remembered]) -> list[Any]:
+    """The modules that are remembered; None for what is left of one whose class cannot be imported."""
+    return [None if _is_stand_in(module := _module_at(model, one.path), one) else module for one in remembered]
 
 
 def heeds(model: nn.Module, remembered: Iterable[Remembered], thing: Any, names: Iterable[str]) -> bool:
@@ -154,28 +166,45 @@ def _has_global_hooks() -> bool:
 
 
 def _difference(module: nn.Module, then: Remembered, values: bool, met: dict[int | None, Any]) -> str | None:
-    """What is new about a module, if anything.
+    """What is new about a module, if anything."""
+    if _is_stand_in(module, then):
+        return None
+    if then.kind and qualified(type(module)) != then.kind:
+        return f"is now a {type(module).__name__}"
+    if then.kind and _children(module) != then.children:
+        return "has other children"
+    if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
+        return "has other parameters"
+    return _other_doings(module, then, values) or (_other_value(module, then, met) if values else None)
+
+
+def _is_stand_in(module: nn.Module, then: Remembered) -> bool:
+    """Whether a module was unpickled: what is left of a model whose class cannot be imported."""
+    return bool(then.kind) and type(module) is nn.Module and then.kind != qualified(nn.Module)
+
+
+def _other_doings(module: nn.Module, then: Remembered, values: bool = True) -> str | None:
+    """What a module does otherwise, around its class's forward or in its place, if anything."""
+    own = vars(module)
+    if not then.kind:
+        return None
+    if has_own_forward(module) and not (then.hooks is None and isinstance(own["forward"], fx.GraphModule)):
+        return "got a forward of its own instance"
+    if then.hooks is None or not values:
+        return None
+    if (any(then.hooks) or any(map(own.get, HOOKS))) and not alike(_hooks(module), then.hooks):
+        return "has other hooks"
+    return f"has another {other!r}" if (other := _other_method(module, then)) else None
+
+
+def _other_value(module: nn.Module, then: Remembered, met: dict[int | None, Any]) -> str | None:
+    """What of the attributes that were read, or of what is read outside the modules, is another now, if anything.
 
     Args:
         met: the objects by number that were found to be as they were: whose they are, too, they are still.
     """
     own = vars(module)
-    if then.kind:
-        if type(module) is nn.Module and then.kind != qualified(type(module)):
-            return None  # unpickled: what is left of a model whose class cannot be imported
-        if qualified(type(module)) != then.kind:
-            return f"is now a {type(module).__name__}"
-        if has_own_forward(module) and not (then.hooks is None and isinstance(own["forward"], fx.GraphModule)):
-            return "got a forward of its own instance"
-        if values and then.hooks is not None and not alike(_hooks(module), then.hooks):
-            return "has other hooks"
-        if _children(module) != then.children:
-            return "has other children"
-        if values and then.hooks is not None and (other := _other_method(module, then)):
-            return f"has another {other!r}"
-    if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
-        return "has other parameters"
-    for name, value, number in then.values if values else ():
+    for name, value, number in then.values:
         now = own[name] if name in own else getattr(module, name, ...)
         if number in met and now is met[number]:
             continue
@@ -183,7 +212,7 @@ def _difference(module: nn.Module, then: Remembered, values: bool, met: dict[int
             return f"has another {name!r}"
         if number is not None:
             met[number] = now
-    for outside in then.outside if values else ():
+    for outside in then.outside:
         if not then.witness.agrees(outside.name, outside.now(), outside.value):
             return f"reads {outside.name!r}, which is another now"
     return None
