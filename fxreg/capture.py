@@ -138,7 +138,8 @@ def _traced(model: nn.Module, arguments: tuple[Argument, ...], marked: Collectio
             misled = tracer.ledger.misled(tracer.state)
             if not misled:
                 heard = tracer.ledger
-                remembered = remember(model, heard.modules, heard.reads.items(), heard.codes.values())
+                reads, codes, listings = heard.reads.items(), heard.codes.values(), heard.listings.items()
+                remembered = remember(model, heard.modules, reads, codes, listings)
                 return Captured(Lent(graph), tracer.opaque, remembered)
             forced |= misled
         elif watches:

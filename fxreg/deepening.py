@@ -179,9 +179,10 @@ class _Session:
         )
         modules = first.ledger.modules | other.ledger.modules
         reads = first.ledger.reads | other.ledger.reads
+        listings = first.ledger.listings | other.ledger.listings
         with self._borrowed(training=True):
             codes = first.ledger.codes | other.ledger.codes
-            remembered = remember(self.model, modules, reads.items(), codes.values())
+            remembered = remember(self.model, modules, reads.items(), codes.values(), listings.items())
         return Captured(Lent(graph), first.opaque, remembered, assumed)
 
     def _settle(self) -> tuple[Settled, ...]:

@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from .hearing import meeting
 from .packages import is_library
+from .side_channels import REGISTRIES
 from .surroundings import surroundings
 
 lock = threading.RLock()
@@ -131,6 +132,8 @@ def _on_modules(tracer: Any, called: list[nn.Module]) -> list[tuple[Any, str, An
         if name in _INTERNAL:
             if name == "__dict__" and _ours(tracer) and not is_library(sys._getframe(1).f_globals.get("__name__")):
                 tracer.give_up(f"looks into the dictionary of a {type(module).__name__}")
+            elif name in REGISTRIES and _ours(tracer) and sys._getframe(1).f_globals.get("__package__") != __package__:
+                tracer.note_listed(module, name, value)
             return value
         own = type(value) in _PLAIN or name in plain_read(module, "__dict__") or _is_of_class(module, name, value)
         if own and _ours(tracer):
@@ -139,7 +142,7 @@ def _on_modules(tracer: Any, called: list[nn.Module]) -> list[tuple[Any, str, An
 
     def read(module: nn.Module, name: str) -> Any:
         own = plain_read(module, "__dict__")
-        for registry in ("_parameters", "_buffers", "_modules"):  # as module_getattr does, in a tenth of the time
+        for registry in REGISTRIES:  # as module_getattr does, in a tenth of the time
             if name in own.get(registry, ()):
                 value = own[registry][name]
                 break

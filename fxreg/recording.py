@@ -129,6 +129,11 @@ class Recorder:
         elif module in self._paths:
             self.ledger.read(self._frames[-1].path, self._paths[module], name, value)
 
+    @unheard
+    def note_listed(self, module: nn.Module, registry: str, now: Any) -> None:
+        if module in self._paths:
+            self.ledger.lists(self._frames[-1].path, self._paths[module], registry, now)
+
     def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         if not isinstance(value, nn.Module | Tensor):
             self.note_read(module, name, value)

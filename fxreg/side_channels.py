@@ -36,6 +36,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _OF_ANY = frozenset(vars(nn.Module()))
 _VALUES = frozenset((*PLAIN, Tensor, nn.Parameter))
 _GETTERS = (operator.attrgetter, operator.methodcaller)
+REGISTRIES = ("_parameters", "_buffers", "_modules")
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 
@@ -43,6 +44,11 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether the user hooked anything onto a module."""
     own = vars(module)
     return any(own.get(kind) for kind in HOOKS)
+
+
+def listed(registry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of what a module has, of one kind."""
+    return tuple([name for name, one in registry.items() if one is not None])
 
 
 class Ledger:
@@ -61,6 +67,7 @@ class Ledger:
         self._happened: dict[int, str | Mention] = {}
         self.modules: dict[str, nn.Module] = {}
         self.reads: dict[tuple[str, str, str], Any] = {}
+        self.listings: dict[tuple[str, str, str], tuple[str, ...]] = {}
         self.codes: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}  # by identity: equal is not same
         self._entered: dict[str, dict[int, types.CodeType]] = {}
         self._missed: dict[str, set[str]] = {}
@@ -78,6 +85,10 @@ class Ledger:
     def read(self, reader: str, path: str, name: str, value: Any) -> None:
         """The traced forward of `reader` read an attribute of the module at `path`."""
         self.reads.setdefault((reader, path, name), value)
+
+    def lists(self, reader: str, path: str, registry: str, now: Mapping[str, Any]) -> None:
+        """The traced forward of `reader` asked the module at `path` for all of its children, parameters or buffers."""
+        self.listings.setdefault((reader, path, registry), listed(now))
 
     def misses(self, path: str, name: str | None) -> None:
         """The traced forward of the module at a path asked for an attribute that was not there, or it is not known for
@@ -116,13 +127,15 @@ class Ledger:
 
     def mark(self) -> tuple[int, ...]:
         """Where the records stand."""
-        return (len(self.modules), len(self.reads), len(self._running), len(self._happened))
+        return tuple(map(len, self._records()))
 
     def forget(self, mark: tuple[int, ...]) -> None:
         """Drop what was noted since a mark."""
-        records: tuple[dict[Any, Any], ...] = (self.modules, self.reads, self._running, self._happened)
-        for record, length in zip(records, mark, strict=True):
+        for record, length in zip(self._records(), mark, strict=True):
             shorten(record, length)
+
+    def _records(self) -> tuple[dict[Any, Any], ...]:
+        return (self.modules, self.reads, self.listings, self._running, self._happened)
 
     def misled(self, state: Snapshot) -> dict[str, str]:
         """The paths of the traced modules that read what modules that run as they are may write, with the reason.

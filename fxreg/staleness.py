@@ -19,7 +19,7 @@ from .hearing import has_own_forward, untold
 from .kinds import qualified
 from .outside import Outside, read_outside
 from .packages import is_library
-from .side_channels import GLOBAL_HOOKS, HOOKS
+from .side_channels import GLOBAL_HOOKS, HOOKS, listed
 from .structure import alike
 from .witnesses import Witness
 
@@ -41,6 +41,7 @@ class Remembered:
         children: the names of its children, and of those in its lists and dicts of modules.
         methods: the functions of its class that traced code may have called, by name.
         outside: of the root, what all traced code reads outside the modules.
+        lists: the names of all that it has of a kind, where traced code asked for that.
         witness: has seen the values.
     """
 
@@ -52,6 +53,7 @@ class Remembered:
     children: tuple[Any, ...] = ()
     methods: tuple[tuple[str, Any], ...] = ()
     outside: tuple[Outside, ...] = ()
+    lists: tuple[tuple[str, tuple[str, ...]], ...] = ()
     witness: Witness = field(default_factory=Witness, compare=False, repr=False)
 
 
@@ -60,8 +62,9 @@ def remember(
     modules: Mapping[str, nn.Module] | None = None,
     reads: Iterable[tuple[tuple[str, str, str], Any]] = (),
     codes: Iterable[tuple[types.CodeType, dict[str, Any]]] = (),
+    listings: Iterable[tuple[tuple[str, str, str], tuple[str, ...]]] = (),
 ) -> tuple[Remembered, ...]:
-    """What to compare later: of the root, of the traced modules by path, and of what they, or code, read."""
+    """What to compare later: of the root, of the traced modules by path, and of what they, or code, read or listed."""
     modules = modules or {}
     values: dict[str, dict[str, Any]] = {path: {} for path in ("", *modules)}
     codes = [*codes]
@@ -69,6 +72,10 @@ def remember(
     methods = _methods(map(type, modules.values()), mentioned)
     for (_, path, name), value in reads:
         values.setdefault(path, {})[name] = value
+    lists: dict[str, dict[str, tuple[str, ...]]] = {}
+    for (_, path, registry), names in listings:
+        lists.setdefault(path, {})[registry] = names
+        values.setdefault(path, {})
     objects: dict[int, tuple[Any, int]] = {}  # one, a configuration say, may be everybody's: once is enough
     return tuple(
         Remembered(
@@ -80,6 +87,7 @@ def remember(
             _children(modules[path]) if path in modules else (),
             _not_hidden(methods[type(modules[path])], modules[path]) if path in modules else (),
             () if path else read_outside(codes),
+            tuple(lists.get(path, {}).items()),
         )
         for path, found in values.items()
     )
@@ -116,7 +124,9 @@ def difference(
         return _changed((), "is called with global hooks on modules")
     if found is not None:
         for one, module in zip(remembered, found, strict=True) if values else ():
-            if module is not None and (what := _other_doings(module, one) or _other_value(module, one, met)):
+            if module is None:
+                continue
+            if what := _other_list(module, one) or _other_doings(module, one) or _other_value(module, one, met):
                 return _changed(one.path, what)
         return None
     for name, child in model._modules.items():
@@ -175,7 +185,15 @@ def _difference(module: nn.Module, then: Remembered, values: bool, met: dict[int
         return "has other children"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
+    if what := _other_list(module, then):
+        return what
     return _other_doings(module, then, values) or (_other_value(module, then, met) if values else None)
+
+
+def _other_list(module: nn.Module, then: Remembered) -> str | None:
+    """What a module has other names of than when it was asked for all of them, if anything."""
+    what = (registry[1:] for registry, names in then.lists if listed(getattr(module, registry)) != names)
+    return next((f"has other {other}" if other != "modules" else "has other children" for other in what), None)
 
 
 def _is_stand_in(module: nn.Module, then: Remembered) -> bool:

@@ -189,6 +189,11 @@ class SoundTracer(fx.Tracer):
         if module in self._paths and len(self._scope) > 1:
             self.ledger.read(self._scope[-1][0], self._paths[module], name, value)
 
+    def note_listed(self, module: nn.Module, registry: str, now: Any) -> None:
+        """Remember that a forward asked for all that a module has of one kind."""
+        if module in self._paths and len(self._scope) > 1:
+            self.ledger.lists(self._scope[-1][0], self._paths[module], registry, now)
+
     def is_as_it_was(self, module: nn.Module, name: str, value: Any) -> bool:
         """Whether an attribute is set to what it is. A proxy is something else."""
         return False

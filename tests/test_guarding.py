@@ -1,5 +1,6 @@
 """Attributes that a graph holds as they were: another one is noticed, in eager mode and in compiled code."""
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -307,6 +308,106 @@ def test_another_module_in_a_list_is_noticed(which: Any, is_compiled: bool) -> N
     which(model).append(nn.Tanh())
     with pytest.raises(Exception, match="has other children"):
         run(ROW)
+
+
+class Like(nn.Linear):
+    """Equal to all of its kind."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Like)
+
+    __hash__ = nn.Linear.__hash__
+
+
+class Whole(nn.Module):
+    """No graph holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum().item() > -1e9 else x
+
+
+class Listing(nn.Module):
+    """Goes through what others have, which it does not call as a whole, or does beside that."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stack = nn.Sequential(Like(4, 4), nn.Tanh(), Like(4, 4))
+        self.whole = Whole()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.whole(x)
+        match self.how:
+            case "children":
+                for child in self.stack.children():
+                    x = child(x)
+            case "items":
+                for k in range(len(self.stack)):
+                    x = self.stack[k](x)
+            case "modules":
+                x = x * len([*self.modules()])
+            case "parameters":
+                x = x + sum(parameter.sum() for parameter in self.whole.parameters())
+            case "buffers":
+                x = x + sum([buffer.sum() for buffer in self.buffers()], torch.ones(()))
+            case "of what is whole":
+                for child in self.whole.inner:
+                    x = child(x)
+        return x
+
+
+def last_first(model: Listing) -> None:
+    model.stack._modules = {name: model.stack._modules[name] for name in "201"}
+
+
+LISTED: dict[str, tuple[tuple[str, ...], Callable[[Listing], object]]] = {
+    "another order": (("children", "items"), last_first),
+    "an equal one": ((), lambda model: model.stack.__setitem__(0, Like(4, 4))),
+    "one more": (("children", "items", "modules"), lambda model: model.stack.append(nn.Tanh())),
+    "one more in what is whole": (("modules", "of what is whole"), lambda model: model.whole.inner.append(nn.Tanh())),
+    "a parameter": (
+        ("parameters",),
+        lambda model: model.whole.inner[0].register_parameter("extra", nn.Parameter(torch.ones(3))),
+    ),
+    "a buffer": (("buffers",), lambda model: model.whole.inner[0].register_buffer("extra", torch.ones(3))),
+}
+
+
+HOWS = ("children", "items", "modules", "parameters", "buffers", "of what is whole")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's doing
+@pytest.mark.parametrize(
+    ("name", "how", "is_compiled"),
+    [(name, how, False) for name in LISTED for how in HOWS]
+    + [
+        pytest.param(name, how, True, marks=pytest.mark.slow)
+        for name, (matters, _) in LISTED.items()
+        for how in matters
+    ],
+)
+@pytest.mark.parametrize("examples", [None, (ROW,)], ids=["", "recorded"])
+def test_what_was_listed_is_as_it_was_or_the_change_is_noticed(
+    name: str, how: str, is_compiled: bool, examples: Any
+) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, (matters, change) = Listing(how), LISTED[name]
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.01), name="stack.*"), example_inputs=examples)
+    run: Any = torch.compile(gm, backend="eager") if is_compiled else gm
+    for _ in range(3):
+        torch.testing.assert_close(run(ROW), model(ROW), rtol=0, atol=0)
+    change(model)
+    if how in matters and "" not in fxreg.explain(gm).opaque:
+        with pytest.raises(fxreg.CaptureError, match="model changed since it was"):
+            run(ROW)
+        return
+    with contextlib.suppress(fxreg.CaptureError):  # nothing that matters, but who knows
+        torch.testing.assert_close(run(ROW), model(ROW), rtol=0, atol=0)
 
 
 class Methodical(nn.Module):
