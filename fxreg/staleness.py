@@ -126,7 +126,10 @@ def difference(
         for one, module in zip(remembered, found, strict=True) if values else ():
             if module is None:
                 continue
-            if what := _other_list(module, one) or _other_doings(module, one) or _other_value(module, one, met):
+            what = _other_list(module, one) if one.lists else None
+            what = what or (_other_doings(module, one) if one.kind else None)
+            what = what or (_other_value(module, one, met) if one.values or one.outside else None)
+            if what:
                 return _changed(one.path, what)
         return None
     for name, child in model._modules.items():
@@ -192,8 +195,10 @@ def _difference(module: nn.Module, then: Remembered, values: bool, met: dict[int
 
 def _other_list(module: nn.Module, then: Remembered) -> str | None:
     """What a module has other names of than when it was asked for all of them, if anything."""
-    what = (registry[1:] for registry, names in then.lists if listed(getattr(module, registry)) != names)
-    return next((f"has other {other}" if other != "modules" else "has other children" for other in what), None)
+    for registry, names in then.lists:
+        if listed(getattr(module, registry)) != names:
+            return "has other children" if registry == "_modules" else f"has other {registry[1:]}"
+    return None
 
 
 def _is_stand_in(module: nn.Module, then: Remembered) -> bool:
