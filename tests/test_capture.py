@@ -277,23 +277,41 @@ def same(one: Any, other: Any) -> bool:
 
 @every_case
 def test_is_the_model_plus_its_penalty(name: str) -> None:
-    check_penalty(name, with_examples=False)
+    case = TABLE[name]
+    try:
+        model, gm = emitted(case, L1)
+    except fxreg.FxregError as error:
+        if case.refusal:
+            return
+        raise AssertionError(f"refused: {error}") from error
+    assert_trains(name, model, gm)
 
 
 @every_model
 @pytest.mark.slow
-def test_is_the_model_plus_its_penalty_when_verified(name: str) -> None:
-    check_penalty(name, with_examples=True)
-
-
-def check_penalty(name: str, with_examples: bool) -> None:
+def test_verified_it_is_the_model_plus_its_penalty_and_leaves_no_trace(name: str) -> None:
+    """In the model, the examples and the random numbers; state kept outside the model is the model's own affair."""
     case = TABLE[name]
+    model = build(case)
+    torch.manual_seed(7)
+    examples = fresh(case.inputs()[0])
+    given = kept(examples)
+    seed()
+    before, gm = fingerprint(model, versions=False), None
     try:
-        model, gm = emitted(case, L1, with_examples)
+        gm = fxreg.transform(model, [L1], example_inputs=examples)
     except fxreg.FxregError as error:
-        if case.refusal or (with_examples and case.unverifiable):
-            return
-        raise AssertionError(f"refused: {error}") from error
+        if not (case.refusal or case.unverifiable):
+            raise AssertionError(f"refused: {error}") from error
+    assert same(kept(examples), given)
+    assert changed(before, fingerprint(model, versions=False)) == []
+    if gm is not None:
+        assert_trains(name, model, gm)
+
+
+def assert_trains(name: str, model: nn.Module, gm: nn.Module) -> None:
+    """On the model's loss plus the penalty."""
+    case = TABLE[name]
     case.reset()
     case.later(model)
     assert_equals(observe(case, gm, model, probe, fxreg.FxregError), expected(name), case.refusal)
@@ -339,25 +357,6 @@ def test_capture_leaves_no_trace(name: str) -> None:
     assert changed(before, fingerprint(model)) == []
     case.later(model)
     assert_equals(observe(case, model, model, probe), expected(name, 0.0), "")
-
-
-@pytest.mark.slow
-@every_model
-def test_verification_leaves_no_trace(name: str) -> None:
-    """In the model, the examples and the random numbers; state kept outside the model is the model's own affair."""
-    case = TABLE[name]
-    model = build(case)
-    torch.manual_seed(7)
-    examples = fresh(case.inputs()[0])
-    given = kept(examples)
-    seed()
-    before = fingerprint(model, versions=False)
-    try:
-        fxreg.transform(model, [L1], example_inputs=examples)
-    except fxreg.FxregError:
-        assert case.refusal or case.unverifiable
-    assert same(kept(examples), given)
-    assert changed(before, fingerprint(model, versions=False)) == []
 
 
 @every_model

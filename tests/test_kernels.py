@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fxreg
+
+from .generated import code_of
 
 WIDTH = 64
 
@@ -21,8 +22,7 @@ def calls_of(rules: list[fxreg.Rule], emit: str = "backward") -> tuple[str, list
         output = gm(torch.randn(3, WIDTH))
         (output.sum() if emit == "backward" else output[0].sum() + output[1]).backward()
 
-    with fresh_cache():
-        _, (_, backward) = run_and_get_code(step)
+    _, backward = code_of(step)
     return backward, re.findall(r"^ {8}((?:cpp_fused|extern_kernels)\w*[.\w]*\(.*\))$", backward, re.MULTILINE)
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.optim import SGD, AdamW
 
 import fxreg
 from fxreg import proximal
 from fxreg.effects import registry
 
+from .generated import code_of
 from .marks import slow_but
 from .test_constraints import EFFECTS as CONSTRAINTS
 from .test_registry import EXAMPLES
@@ -145,7 +145,6 @@ def test_it_costs_no_kernel(effect: Any) -> None:
         trial = Trial(*rules)
         if rules:
             fxreg.ProximalStep(trial.optimizers[0], trial.gms[0])
-        with fresh_cache():
-            _, (code,) = run_and_get_code(trial.whole("inductor"))
+        (code,) = code_of(trial.whole("inductor"))
         counts.append(code.count("cpp_fused") + code.count("extern_kernels."))
     assert counts[0] == counts[1]
