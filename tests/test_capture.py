@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.mutation_guard import install_generation_tagging_init
 from torch.nn import functional as F
 from torch.overrides import _len_torch_function_stack  # private: no public way to ask
 
@@ -38,6 +39,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
+
+install_generation_tagging_init()  # into nn.Module, as Dynamo does at its first use: no trace of a capture
 
 STRENGTH = 0.01
 L1 = fxreg.Rule(fxreg.l1(STRENGTH))
