@@ -15,6 +15,15 @@ def slow_but(quick: Collection[Any], cases: Iterable[Any]) -> list[Any]:
     ]
 
 
-def some(cases: Sequence[Any], every: int = 3) -> Sequence[Any]:
+def some(cases: Sequence[Any], every: int = 4) -> Sequence[Any]:
     """One in so many cases; with EVERY_CASE=1 all of them, as after a change of what they are about."""
     return cases if os.environ.get("EVERY_CASE") else cases[::every]
+
+
+def in_turn(cases: Sequence[tuple[Any, Any]]) -> Sequence[tuple[Any, Any]]:
+    """Of cases of two arguments, one for each first one, with the second ones in turn; or all, as above."""
+    seconds: dict[Any, list[Any]] = {}
+    for first, second in cases:
+        seconds.setdefault(first, []).append(second)
+    chosen = [(first, found[k % len(found)]) for k, (first, found) in enumerate(seconds.items())]
+    return cases if os.environ.get("EVERY_CASE") else chosen
