@@ -89,20 +89,25 @@ def _tokens(batch: int, length: int) -> Callable[[], tuple[Tensor, Tensor]]:
     return lambda: (torch.randint(512, (batch, length)), torch.randint(512, (batch, length)))
 
 
-def _images() -> tuple[Tensor, Tensor]:
-    return torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+def _images(batch: int = 16) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+
+
+def channels_last(width: int = 16) -> nn.Module:
+    return ResNet(width).to(memory_format=torch.channels_last)
 
 
 WORKLOADS = (
     Workload("mlp", mlp, lambda: (torch.randn(32, 1024), torch.randn(32, 1024)), F.mse_loss),
     Workload("small mlp", lambda: mlp(384), lambda: (torch.randn(32, 384), torch.randn(32, 384)), F.mse_loss),
     Workload("resnet", ResNet, _images, F.cross_entropy),
-    Workload("resnet, channels last", lambda: ResNet().to(memory_format=torch.channels_last), _images, F.cross_entropy),
+    Workload("resnet, channels last", channels_last, _images, F.cross_entropy),
     Workload("gpt", GPT, _tokens(8, 64), next_token),
     Workload("gpt, tiny batch", GPT, _tokens(1, 8), next_token),
 )
 LARGE = (
     Workload("wide mlp", lambda: mlp(4096), lambda: (torch.randn(32, 4096), torch.randn(32, 4096)), F.mse_loss),
+    Workload("wide resnet", lambda: channels_last(64), lambda: _images(128), F.cross_entropy),
     Workload("large gpt", lambda: GPT(1024, length=512), _tokens(8, 512), next_token),
 )
 """What fills a GPU."""
