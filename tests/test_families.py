@@ -28,7 +28,7 @@ TESTED = (
     "albert", "bert", "canine", "deberta_v2", "distilbert", "electra", "fnet", "layoutlmv3", "modernbert", "mpnet",
     "nomic_bert", "patchtsmixer", "patchtst", "perceiver", "rembert", "tapas", "xlnet",
     "falcon", "gemma", "gpt2", "gpt_neo", "gptj", "llama", "mpt", "openai_gpt", "opt", "qwen2",
-    "bart", "blenderbot",
+    "bart", "blenderbot", "pegasus",
     "ernie4_5_moe", "glm4_moe", "granitemoe", "lfm2_moe", "minimax", "olmoe", "phimoe",
     "bamba", "lfm2", "mamba", "nemotron_h", "qwen3_next", "recurrent_gemma",
     "beit", "bit", "convnext", "deit", "dinov2", "mobilenet_v1", "poolformer", "pvt", "resnet", "segformer", "vit",
