@@ -1,7 +1,8 @@
 """Which modules and parameters a model has, and which of them are one: as data, and seen at a glance."""
 
+import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -56,19 +57,19 @@ class Glance:
         self.passed: dict[int, tuple[Any, Any]] = {}
         self._modules, self._owners = [*model.modules()], [*model.modules(), *roots]
         self._types = [*map(type, self._modules)]
-        self._children_of, self._parameters_of = _PLAIN if all(map(_is_plain, self._owners)) else _OTHER
-        self._children = [dict(self._children_of(one)) for one in self._owners]
-        self._parents = [one for one, children in zip(self._owners, self._children, strict=True) if len(children) > 1]
-        self._order = [*map(tuple, map(self._children_of, self._parents))]
+        self._children_of, self._parameters_of = _PLAIN if all(map(_has_dicts, self._owners)) else _OTHER
+        children = [*map(self._children_of, self._owners)]
+        self._child_names, self._children = [*map(tuple, children)], [*_all(children)]
         held = [*map(self._parameters_of, self._modules)]
         self._names, self._identities, self._ties = [*map(tuple, held)], _identities(held), _ties(held)
         self._asks, self._asked = asks, _asked(held)
 
     def is_current(self) -> bool:
         """Whether everything is as it was: asked before every call, and so answered in C as far as that goes."""
-        if [*map(type, self._modules)] != self._types or [*map(self._children_of, self._owners)] != self._children:
+        children = [*map(self._children_of, self._owners)]
+        if [*map(type, self._modules)] != self._types or [*map(tuple, children)] != self._child_names:
             return False
-        if [*map(tuple, map(self._children_of, self._parents))] != self._order:
+        if not all(map(operator.is_, _all(children), self._children)):
             return False
         held = [*map(self._parameters_of, self._modules)]
         if [*map(tuple, held)] != self._names:
@@ -83,16 +84,21 @@ class Glance:
 
 _Ask: TypeAlias = Callable[[nn.Module], dict[str, Any]]
 _PLAIN: tuple[_Ask, _Ask] = (operator.attrgetter("_modules"), operator.attrgetter("_parameters"))
-"""What gives a module's children and parameters: of modules that are equal if they are one, and keep them in dicts."""
+"""What gives a module's children and parameters, where it keeps them in dicts."""
 _OTHER: tuple[_Ask, _Ask] = (
-    lambda module: {name: id(child) for name, child in module._modules.items()},
+    lambda module: dict(module._modules.items()),
     lambda module: dict(module._parameters.items()),
 )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    is_equal: Any = type(module).__eq__
-    return is_equal is object.__eq__ and isinstance(module._modules, dict) and isinstance(module._parameters, dict)
+def _has_dicts(module: nn.Module) -> bool:
+    """Not so of a scripted one."""
+    return isinstance(module._modules, dict) and isinstance(module._parameters, dict)
+
+
+def _all(several: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """The values of several dicts, one after the other."""
+    return itertools.chain.from_iterable(map(dict.values, several))
 
 
 def _identities(held: Iterable[dict[str, Any]]) -> list[int]:

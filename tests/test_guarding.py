@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxreg
 from fxreg import watching
+from fxreg.layouts import Glance
 
 from . import settings
 
@@ -311,10 +312,10 @@ def test_another_module_in_a_list_is_noticed(which: Any, is_compiled: bool) -> N
 
 
 class Like(nn.Linear):
-    """Equal to all of its kind."""
+    """Equal to everything."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Like)
+        return True
 
     __hash__ = nn.Linear.__hash__
 
@@ -408,6 +409,14 @@ def test_what_was_listed_is_as_it_was_or_the_change_is_noticed(
         return
     with contextlib.suppress(fxreg.CaptureError):  # nothing that matters, but who knows
         torch.testing.assert_close(run(ROW), model(ROW), rtol=0, atol=0)
+
+
+def test_a_glance_takes_no_module_for_another_that_calls_itself_equal() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    glance = Glance(model, [model])
+    assert glance.is_current()
+    model[1] = Like(4, 4)
+    assert not glance.is_current()
 
 
 class Methodical(nn.Module):
