@@ -161,9 +161,11 @@ def heeds(model: nn.Module, remembered: Iterable[Remembered], thing: Any, names:
         return not read.union(HOOKS, thing._modules, ("forward", "_modules")).isdisjoint(names)
     if isinstance(thing, dict):
         for module in model.modules():
-            if thing is module._parameters or thing is module._buffers:  # stand-ins come and go there
-                return False
             own = vars(module)
+            if kind := next((kind for kind in ("_parameters", "_buffers") if thing is own.get(kind)), None):
+                # Stand-ins come and go there, which matters only to who listed them.
+                listing = (one.path for one in remembered if kind in dict(one.lists))
+                return any(_module_at(model, path) is module for path in listing)
             if thing is own or any(thing is own.get(kind) for kind in ("_modules", *HOOKS)):
                 return True
     if type(thing) is object:  # what stands for a global variable

@@ -919,7 +919,7 @@ class _Whole(nn.Module):
         return y if y.sum() > -1e9 else y * 2
 
     def run(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each kind below has its own
 
 
 class _AsksForAttribute(_Whole):

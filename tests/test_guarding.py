@@ -361,6 +361,17 @@ class Listing(nn.Module):
         return x
 
 
+class Adding(nn.Module):
+    """Adds up all that another module has of a kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.side = kind, nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + sum(one.float().sum() for one in getattr(self.side, self.kind)())
+
+
 def last_first(model: Listing) -> None:
     model.stack._modules = {name: model.stack._modules[name] for name in "201"}
 
@@ -409,6 +420,21 @@ def test_what_was_listed_is_as_it_was_or_the_change_is_noticed(
         return
     with contextlib.suppress(fxreg.CaptureError):  # nothing that matters, but who knows
         torch.testing.assert_close(run(ROW), model(ROW), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["parameters", "buffers"])
+def test_compiled_code_sees_what_it_has_added_itself_to_what_was_listed(kind: str) -> None:
+    torch.compiler.reset()
+    model = Adding(kind)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.01), name="first", param="weight"), example_inputs=(ROW,))
+
+    def add_and_call(x: Tensor) -> Tensor:
+        getattr(model.side, f"_{kind}")["extra"] = model.first.bias if kind == "parameters" else torch.ones(4)
+        return gm(x)
+
+    with contextlib.suppress(fxreg.CaptureError):  # or another graph
+        output = torch.compile(add_and_call, backend="eager")(ROW)
+        torch.testing.assert_close(output, model(ROW), rtol=0, atol=0)
 
 
 def test_a_glance_takes_no_module_for_another_that_calls_itself_equal() -> None:
