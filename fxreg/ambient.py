@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .enclosed import names_in_code
+from .naming import names_in_code
 from .packages import is_foreign, is_installed
 
 _MOMENTS = {"time", "datetime", "uuid", "secrets"}

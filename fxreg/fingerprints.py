@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef  # private: what torch.library.custom_op returns
 
-from .enclosed import Names, defaults, entries, names_in_code
+from .enclosed import defaults, entries
+from .naming import Names, names_in_code
 from .packages import edition
 
 NUMERICS = (

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .enclosed import defaults, enclosed, slotted
-from .scanning import functions_of, names_in
+from .naming import names_in
+from .scanning import functions_of
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _ASKED = {"Parameter", "is_leaf", "register_parameter"}

@@ -8,8 +8,7 @@ import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .enclosed import codes_in
-from .scanning import names_in_text
+from .naming import codes_in, names_in_text
 from .stacks import Stack, instructions_of
 from .writes import ANY, Written, argument, pattern
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from .enclosed import codes_in, defaults, enclosed, entries, names_in_code
+from .enclosed import defaults, enclosed, entries
+from .naming import codes_in, names_in, names_in_code, names_mentioned
 from .packages import is_library
-from .scanning import names_in, names_mentioned, once_per_function
+from .scanning import once_per_function
 from .stacks import instructions_of
 
 _LOADS = ("LOAD_FAST", "LOAD_DEREF")

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .enclosed import names_in_code
 from .freezing import frozen
+from .naming import names_in_code
 from .packages import is_foreign, is_installed, is_library
 from .structure import PLAIN
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .enclosed import defaults, enclosed, entries, slotted
+from .naming import names_in, names_mentioned
 from .packages import is_foreign, is_installed
-from .scanning import names_in, names_mentioned
 
 _LEAVES = (bool, int, float, complex, str, bytes, type(None), Tensor, fx.Graph)
 _BORN = ("__new__", "__init__", "__post_init__")

@@ -8,8 +8,6 @@ is not traced. That is more than needed and never less: reachable is taken for r
 import dis
 import functools
 import inspect
-import itertools
-import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +17,9 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .ambient import ambient, kept_answer
-from .enclosed import PUTS, codes_in, defaults, enclosed, holds_iterator, names_in_code, slots
+from .enclosed import defaults, enclosed, holds_iterator, slots
 from .hearing import untold
+from .naming import PUTS, codes_in, names_in, names_in_code, names_mentioned
 from .packages import is_foreign, is_library
 
 PAST = "reads what an object keeps, past its attributes"
@@ -74,7 +73,6 @@ _ASKS = {
 }
 _MUTABLE = (list, dict, set)
 _CHANGING = PUTS | {"__setitem__", "setattr", "put"}
-_ATTRIBUTES = re.compile(r"\.(\w+)")
 
 
 _Result = TypeVar("_Result")
@@ -212,12 +210,6 @@ def _is_library(definition: Any) -> bool:
     return is_library(definition.__module__)
 
 
-@functools.lru_cache(maxsize=4096)
-def names_in(code: types.CodeType) -> frozenset[str]:
-    """Every name that code uses, other than of local variables."""
-    return frozenset(name for one in codes_in(code) for name in (*one.co_names, *_matched(one)))
-
-
 def iterator_named(code: types.CodeType, space: Mapping[str, Any]) -> str | None:
     """The global name by which code may reach an iterator, or that of a module of the user's and of what is in it."""
     names = names_in(code)
@@ -231,30 +223,6 @@ def iterator_named(code: types.CodeType, space: Mapping[str, Any]) -> str | None
             if kept is not None:
                 return f"{name}.{kept}"
     return None
-
-
-def _matched(code: types.CodeType) -> Iterator[str]:
-    """The attributes that are asked for by `case Point(x=0)`."""
-    for one, after in itertools.pairwise(dis.get_instructions(code)):
-        if after.opname == "MATCH_CLASS":
-            yield from one.argval
-
-
-@functools.lru_cache(maxsize=4096)
-def names_mentioned(code: types.CodeType) -> frozenset[str]:
-    """Every name, and every string that could be one, in some code."""
-    return frozenset(names_in(code)).union(_strings(code))
-
-
-def _strings(code: types.CodeType) -> Iterator[str]:
-    """The constants in code that could be names, or format strings that ask for some."""
-    constants = (constant for one in codes_in(code) for constant in one.co_consts if isinstance(constant, str))
-    return (name for constant in constants for name in names_in_text(constant))
-
-
-def names_in_text(text: str) -> list[str]:
-    """A string, if it could be a name; the attributes in it, if it could be one for `format`."""
-    return [text] if text.isidentifier() else _ATTRIBUTES.findall(text) if "{" in text else []
 
 
 @once_per_function

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .mentions import asked
 from .methods import methods_of, only_methods
+from .naming import names_in, names_mentioned
 from .notes import Mention
 from .packages import is_library
 from .reaching import reach
@@ -25,8 +26,6 @@ from .scanning import (
     functions_behind,
     functions_of,
     global_names,
-    names_in,
-    names_mentioned,
 )
 from .snapshots import Snapshot
 from .structure import PLAIN

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as module_globals
 
 from .defining import not_traced
-from .enclosed import names_in_code
 from .freezing import frozen
 from .hearing import has_own_forward, untold
 from .kinds import qualified
+from .naming import names_in_code
 from .outside import Outside, read_outside
 from .packages import is_library
 from .side_channels import GLOBAL_HOOKS, HOOKS, listed

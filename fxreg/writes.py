@@ -7,10 +7,10 @@ import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-from .enclosed import FILLS, begin, codes_in, names_in_code
 from .methods import first_argument, is_load
+from .naming import FILLS, begin, codes_in, names_in_code, names_mentioned
 from .packages import is_foreign, is_installed
-from .scanning import names_mentioned, once_per_function
+from .scanning import once_per_function
 from .stacks import instructions_of, is_read_of_copy
 
 _STORES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL")
