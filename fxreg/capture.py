@@ -137,9 +137,9 @@ def _traced(model: nn.Module, arguments: tuple[Argument, ...], marked: Collectio
         if tracer.side_effect is None:
             misled = tracer.ledger.misled(tracer.state)
             if not misled:
-                heard = tracer.ledger
-                reads, codes, listings = heard.reads.items(), heard.codes.values(), heard.listings.items()
-                remembered = remember(model, heard.modules, reads, codes, listings)
+                ledger = tracer.ledger
+                reads, codes, listings = ledger.reads.items(), ledger.heard().values(), ledger.listings.items()
+                remembered = remember(model, ledger.modules, reads, codes, listings)
                 return Captured(Lent(graph), tracer.opaque, remembered)
             forced |= misled
         elif watches:

@@ -181,7 +181,7 @@ class _Session:
         reads = first.ledger.reads | other.ledger.reads
         listings = first.ledger.listings | other.ledger.listings
         with self._borrowed(training=True):
-            codes = first.ledger.codes | other.ledger.codes
+            codes = first.ledger.heard() | other.ledger.heard()
             remembered = remember(self.model, modules, reads.items(), codes.values(), listings.items())
         return Captured(Lent(graph), first.opaque, remembered, assumed)
 

@@ -109,5 +109,6 @@ def _strings(code: types.CodeType) -> Iterator[str]:
 
 
 def names_in_text(text: str) -> list[str]:
-    """A string, if it could be a name; the attributes in it, if it could be one for `format`."""
-    return [text] if text.isidentifier() else _ATTRIBUTES.findall(text) if "{" in text else []
+    """The names in a string, if that could be one, or some with dots between; attributes, if it is one for `format`."""
+    parts = text.split(".")
+    return parts if all(map(str.isidentifier, parts)) else _ATTRIBUTES.findall(text) if "{" in text else []

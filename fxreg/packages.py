@@ -38,6 +38,11 @@ def is_installed(module: str | None) -> bool:
     return "site-packages" in path or "dist-packages" in path
 
 
+def is_own(module: str | None) -> bool:
+    """Whether a module is of the user's own program."""
+    return not is_foreign(module) and not is_installed(module)
+
+
 def edition(module: str | None) -> str | None:
     """What tells the contents of a module from those of another under its name; nothing of the user's own does.
 

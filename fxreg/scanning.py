@@ -20,6 +20,7 @@ from .ambient import ambient, kept_answer
 from .enclosed import defaults, enclosed, holds_iterator, slots
 from .hearing import untold
 from .naming import PUTS, codes_in, names_in, names_in_code, names_mentioned
+from .outside import places
 from .packages import is_foreign, is_library
 
 PAST = "reads what an object keeps, past its attributes"
@@ -137,16 +138,25 @@ def changes_containers(functions: Iterable[types.FunctionType]) -> bool:
 def global_objects(model: nn.Module) -> tuple[Any, ...]:
     """What the model's code can reach and change through global variables and its classes: containers, and objects of
     its own."""
+    functions = {function for module in model.modules() for function in functions_of(module)}
+    return tuple({**containers_of({*map(type, model.modules())}), **objects_named(functions)}.values())
+
+
+def containers_of(kinds: Iterable[type]) -> dict[int, Any]:
+    """The containers that are attributes of some classes, by identity."""
+    spaces = (vars(base) for base in {base for kind in kinds for base in kind.__mro__} if not _is_library(base))
+    return {id(value): value for space in spaces for value in space.values() if isinstance(value, _MUTABLE)}
+
+
+def objects_named(functions: Iterable[types.FunctionType]) -> dict[int, Any]:
+    """The containers to which the names in some functions lead, and the objects of the user's own; by identity."""
     found: dict[int, Any] = {}
-    for kind in {kind for module in model.modules() for kind in type(module).__mro__ if not _is_library(kind)}:
-        found |= {id(value): value for value in vars(kind).values() if isinstance(value, _MUTABLE)}
-    for function in {f for module in model.modules() for f in functions_of(module)}:
-        for name in names_in(function.__code__):
-            value = function.__globals__.get(name)
+    for function in functions:
+        for _, _, value in places(function.__code__, function.__globals__):
             if isinstance(value, _MUTABLE) or (_has_attributes(value) and not _is_library(type(value))):
                 found[id(value)] = value
     inert = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, nn.Module)
-    return tuple(value for value in found.values() if not isinstance(value, inert))
+    return {identity: value for identity, value in found.items() if not isinstance(value, inert)}
 
 
 def _has_attributes(value: object) -> bool:
@@ -272,14 +282,15 @@ def code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
 
 
 def _may_change_a_global(function: types.FunctionType) -> bool:
-    names = names_in_code(function.__code__).read
-    containers = any(isinstance(function.__globals__.get(name), _MUTABLE) for name in names)
-    return containers and _may_change_containers(function)
+    return _may_change_containers(function) and _names_a_container(function.__code__, function.__globals__)
 
 
 def _changes_a_global(code: types.CodeType, space: dict[str, Any]) -> bool:
-    containers = any(isinstance(space.get(name), _MUTABLE) for name in names_in_code(code).read)
-    return containers and _changes_containers(code)
+    return _changes_containers(code) and _names_a_container(code, space)
+
+
+def _names_a_container(code: types.CodeType, space: dict[str, Any]) -> bool:
+    return any(isinstance(place.value, _MUTABLE) for place in places(code, space))
 
 
 def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:

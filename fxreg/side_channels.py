@@ -5,6 +5,7 @@ with hooks of the user's own, writes them: whoever reads them must then run as i
 """
 
 import contextlib
+import functools
 import itertools
 import operator
 import re
@@ -15,17 +16,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .enclosed import defaults, enclosed, slotted
+from .freezing import bound_to
 from .mentions import asked
 from .methods import methods_of, only_methods
 from .naming import names_in, names_mentioned
 from .notes import Mention
-from .packages import is_library
+from .outside import places
+from .packages import is_library, is_own
 from .reaching import reach
 from .scanning import (
     changes_containers,
+    containers_of,
     functions_behind,
     functions_of,
     global_names,
+    objects_named,
 )
 from .snapshots import Snapshot
 from .structure import PLAIN
@@ -80,6 +86,11 @@ class Ledger:
         """Code of the user's runs for the module at a path, with its global variables."""
         self.codes.setdefault((id(code), id(space)), (code, space))
         self._entered.setdefault(path, {})[id(code)] = code
+
+    def heard(self) -> dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]]:
+        """The code that ran for the modules that were traced, with its global variables; by identity."""
+        entered = set[int]().union(*(self._entered.get(path, ()) for path in self.modules))
+        return {key: one for key, one in self.codes.items() if key[0] in entered}
 
     def read(self, reader: str, path: str, name: str, value: Any) -> None:
         """The traced forward of `reader` read an attribute of the module at `path`."""
@@ -145,6 +156,7 @@ class Ledger:
         written: dict[str, Written] = {}
         changing: list[nn.Module] = []
         hooks: list[Any] = []
+        named: dict[int, Any] = {}
         running = {path: [*_hooks(module)] for path, module in self._running.items()}
         reached = {
             path: dict.fromkeys((*_functions(module, running[path]), *reach([module])))
@@ -157,16 +169,17 @@ class Ledger:
             if changes_containers(functions):
                 changing += module.modules()
                 hooks += own
+                named |= objects_named(functions) | containers_of({*map(type, module.modules())})
         if not any(map(any, written.values())) and not changing and not hooks:
             return {}
         owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), nn.Module)]
-        shared = Snapshot([*changing, *owners], also=hooks)
+        shared = Snapshot([*changing, *owners], also=[*hooks, *named.values()])
+        of_objects = {*state.names(of_modules=False), *shared.names(of_modules=False)}
         kinds = {*state.kinds, *map(type, self.modules.values())}
         kept = state.names() | {name for _, _, name in self.reads} | class_attributes(kinds)
         kept |= global_names([*self._running.values()]) | self._global_numbers()
-        of_objects = state.names(of_modules=False) | class_attributes(
-            one for one in state.kinds if not issubclass(one, nn.Module)
-        )  # what modules keep, and is read, is compared by what it is
+        # what modules keep, and is read, is compared by what it is
+        of_objects |= class_attributes(one for one in state.kinds if not issubclass(one, nn.Module))
         written = {path: one.filling(of_objects) for path, one in written.items()}
         names = {name for one in written.values() for name in one.among(kept)}
         computes = any("__getattr__" in vars(base) for kind in kinds for base in _own_bases(kind))
@@ -185,11 +198,24 @@ class Ledger:
             unsettled = (name for name, ones in writers.items() if is_blind or not self._is_settled(path, name, ones))
             if common := min(unsettled, default=None):
                 found[path] = f"mentions {common!r}, which {[*writers[common]][-1]!r} may write when it runs"
-        for (reader, path, name), value in self.reads.items():
-            if shared.holds(value):
-                where = ".".join(filter(None, (path, name)))
-                found.setdefault(reader, f"reads {where!r}, which may change when the model runs")
+        for reader, where, value in self._read():
+            if reader not in found and any(map(shared.holds, _changeable(value, self._said(reader)))):
+                found[reader] = f"reads {where!r}, which may change when the model runs"
         return found
+
+    def _said(self, reader: str) -> frozenset[str]:
+        """The names in the code that ran for a module."""
+        return frozenset().union(*map(names_mentioned, self._entered.get(reader, {}).values()))
+
+    def _read(self) -> Iterator[tuple[str, str, Any]]:
+        """The paths of the traced modules, and what they read: attributes, and what names in their code lead to."""
+        for (reader, path, name), value in self.reads.items():
+            yield reader, ".".join(filter(None, (path, name))), value
+        for (code, _), (_, space) in self.codes.items():
+            for reader in self.modules:
+                entered = self._entered.get(reader, {})
+                for place in places(entered[code], space) if code in entered else ():
+                    yield reader, ".".join((place.module, *place.path)), place.value
 
     def _with_getters(self) -> set[str]:
         """The paths of the traced modules that have functions made to get attributes: nothing says when they do."""
@@ -243,6 +269,33 @@ class Ledger:
         if mention.path is not None:
             return mention.path, ""
         return next(((path, kept) for (_, path, kept), value in self.reads.items() if value is mention.owner), None)
+
+
+def _changeable(value: Any, said: frozenset[str]) -> Iterator[Any]:
+    """A value, what is in it, and what a function closes over; the attributes, of some names, of an object."""
+    waiting, met = [value], dict[int, Any]()
+    while waiting:
+        one = waiting.pop()
+        if type(one) in _VALUES or id(one) in met:
+            continue
+        met[id(one)] = one
+        yield one
+        match one:
+            case dict():
+                waiting += dict.values(one)
+            case list() | tuple() | set():
+                waiting += one
+            case types.FunctionType():
+                waiting += (*enclosed(one), *defaults(one))
+            case functools.partial():
+                waiting += (one.func, *one.args, *one.keywords.values())
+            case types.MethodType():
+                waiting += (one.__func__, one.__self__)
+            case types.BuiltinMethodType() | types.MethodWrapperType():
+                waiting += (bound_to(one),)
+            case _ if is_own(type(one).__module__) and not isinstance(one, nn.Module | types.ModuleType | type):
+                kept = {**slotted(one), **getattr(one, "__dict__", {})}
+                waiting += (kept[name] for name in said & kept.keys())
 
 
 def _is_inert(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ import functools
 import inspect
 import types
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from .defining import not_traced
 from .freezing import frozen
 from .hearing import has_own_forward, untold
 from .kinds import qualified
+from .mentions import asked
 from .naming import names_in_code
 from .outside import Outside, read_outside
 from .packages import is_library
@@ -65,7 +66,7 @@ def remember(
     listings: Iterable[tuple[tuple[str, str, str], tuple[str, ...]]] = (),
 ) -> tuple[Remembered, ...]:
     """What to compare later: of the root, of the traced modules by path, and of what they, or code, read or listed."""
-    modules = modules or {}
+    modules, reads = modules or {}, [*reads]
     values: dict[str, dict[str, Any]] = {path: {} for path in ("", *modules)}
     codes = [*codes]
     mentioned = sorted({"forward"}.union(*(names_in_code(code).attributes for code, _ in codes)))
@@ -86,11 +87,16 @@ def remember(
             _hooks(modules[path]) if path in modules else (),
             _children(modules[path]) if path in modules else (),
             _not_hidden(methods[type(modules[path])], modules[path]) if path in modules else (),
-            () if path else read_outside(codes),
+            () if path else read_outside(codes, [*{id(one): one for _, one in reads}.values()], _asked),
             tuple(lists.get(path, {}).items()),
         )
         for path, found in values.items()
     )
+
+
+def _asked(code: types.CodeType, names: Collection[str]) -> Collection[str]:
+    """Those of some names for which code asks by a value that may be one."""
+    return asked((code,)).among(names)
 
 
 def _as_it_is(value: Any, objects: dict[int, tuple[Any, int]]) -> tuple[Any, int | None]:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .enclosed import entries, slots
-from .freezing import NAMED, SCALARS, frozen
+from .freezing import NAMED, SCALARS, bound_to, frozen
 from .structure import alike
 
-_LEAVES = (*SCALARS, *NAMED, Tensor, nn.Module, fx.Graph, enum.Enum, types.CodeType)
+_LEAVES = (*NAMED, Tensor, nn.Module, fx.Graph, enum.Enum, types.CodeType, range)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
@@ -73,9 +73,12 @@ def _parts(value: Any) -> list[tuple[Any, ...]] | None:
     waiting = [value]
     while waiting:
         one = waiting.pop()
-        if isinstance(one, _LEAVES) or id(one) in met:
+        if type(one) in SCALARS or id(one) in met:
             continue
         met[id(one)] = one
+        if isinstance(one, _LEAVES):
+            waiting.append(bound_to(one))
+            continue
         own = getattr(one, "__dict__", None)
         match one:
             case dict():
@@ -84,7 +87,7 @@ def _parts(value: Any) -> list[tuple[Any, ...]] | None:
             case _ if isinstance(one, _CONTAINERS):
                 inside = [*one]
                 waiting += inside
-            case types.FunctionType() if not (one.__closure__ or one.__defaults__ or one.__kwdefaults__):
+            case types.FunctionType() if not (one.__closure__ or one.__defaults__ or one.__kwdefaults__ or own):
                 continue
             case types.MethodType():
                 waiting += (one.__func__, one.__self__)

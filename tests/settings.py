@@ -1,10 +1,23 @@
 """What a model may read from another module, and call there."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 NUMBER = 2.0
+TABLE = {"k": 2.0}
+
+
+class Kept:
+    """An object in a module, with a container in it and one in its class."""
+
+    of_class: ClassVar = {"k": 2.0}
+
+    def __init__(self) -> None:
+        self.own = {"k": 2.0}
+
+
+KEPT = Kept()
 
 
 def doubled(x: Any) -> Any:

@@ -1,10 +1,12 @@
 """Global variables that a forward reads: a graph never goes on with what they were."""
 
+import functools
 import itertools
+import operator
 import pickle
 import sys
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,8 +23,14 @@ NUMBER = 2.0
 TABLE = {"k": [2.0]}
 
 
+GETTER = operator.attrgetter("KEPT.own")
+LOOK_UP = TABLE.get
+ACTIVATION = torch.relu
+
+
 class Held:
     number = 2.0
+    table: ClassVar = {"k": 2.0}
 
     def __init__(self) -> None:
         self.own = {"k": 2.0}
@@ -76,12 +84,110 @@ class ByReplaced(Layer):
         return scaled(settings.twice(self.linear(x)))
 
 
+class OfModulesTable(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * settings.TABLE["k"]
+
+
+class OfModulesObject(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * settings.KEPT.own["k"]
+
+
+class OfObjectsClass(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * settings.KEPT.of_class["k"]
+
+
+class OfClassesTable(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * Held.table["k"]
+
+
+class Importing(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        from .settings import TABLE as table  # noqa: N811
+
+        return self.linear(x) * table["k"]
+
+
+class ImportingModule(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        import tests.settings as here
+
+        return self.linear(x) * here.KEPT.own["k"]
+
+
+class ByConstant(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * getattr(settings, "TABLE")["k"]  # noqa: B009
+
+
+class ByText(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.what = "BER"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * getattr(settings, f"NUM{self.what}")
+
+
+class ByGetter(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * GETTER(settings)["k"]
+
+
+def got(get: Any) -> float:
+    return float(get(settings)["k"])
+
+
+class ByKeptGetter(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = functools.partial(got, operator.attrgetter("TABLE"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale()
+
+
+class ByMethod(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * LOOK_UP("k")[0]  # type: ignore[index]
+
+
+class ByLibrary(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATION(self.linear(x))
+
+
+class Keeping(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = Held()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.held.number
+
+
 CASES: dict[type[Layer], Any] = {
     Number: lambda patch: patch.setitem(globals(), "NUMBER", 3.0),
     Table: lambda patch: patch.setitem(TABLE, "k", [3.0]),
     OfClass: lambda patch: patch.setattr(Held, "number", 3.0),
     OfObject: lambda patch: patch.setitem(HELD.own, "k", 3.0),
     OfModule: lambda patch: patch.setattr(settings, "NUMBER", 3.0),
+    OfModulesTable: lambda patch: patch.setitem(settings.TABLE, "k", 3.0),
+    OfModulesObject: lambda patch: patch.setitem(settings.KEPT.own, "k", 3.0),
+    OfObjectsClass: lambda patch: patch.setitem(settings.Kept.of_class, "k", 3.0),
+    OfClassesTable: lambda patch: patch.setitem(Held.table, "k", 3.0),
+    Importing: lambda patch: patch.setitem(settings.TABLE, "k", 3.0),
+    ImportingModule: lambda patch: patch.setitem(settings.KEPT.own, "k", 3.0),
+    ByConstant: lambda patch: patch.setitem(settings.TABLE, "k", 3.0),
+    ByText: lambda patch: patch.setattr(settings, "NUMBER", 3.0),
+    ByGetter: lambda patch: patch.setitem(settings.KEPT.own, "k", 3.0),
+    ByKeptGetter: lambda patch: patch.setitem(settings.TABLE, "k", 3.0),
+    ByMethod: lambda patch: patch.setitem(TABLE, "k", [3.0]),
+    ByLibrary: lambda patch: patch.setitem(globals(), "ACTIVATION", torch.tanh),
+    Keeping: lambda patch: patch.setattr(Held, "number", 3.0),
     ByReplaced: lambda patch: patch.setitem(globals(), "scaled", settings.thrice),
     ByFunction: lambda patch: patch.setitem(globals(), "NUMBER", 3.0),
 }
@@ -106,6 +212,44 @@ def test_a_variable_that_changed_is_noticed(
     CASES[make](monkeypatch)
     with pytest.raises(fxreg.CaptureError, match="which is another now"):
         called(ROW)
+
+
+def test_a_getter_in_a_closure_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    get = operator.attrgetter("TABLE")
+    model = ByKeptGetter()
+    model.scale = lambda: get(settings)["k"]  # type: ignore[assignment]
+    gm = fxreg.transform(model, L1)
+    torch.testing.assert_close(gm(ROW), model(ROW), rtol=0, atol=0)
+    monkeypatch.setitem(settings.TABLE, "k", 3.0)
+    with pytest.raises(fxreg.CaptureError, match=r"settings.TABLE', which is another now"):
+        gm(ROW)
+
+
+class Counting(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        settings.TABLE["n"] = settings.TABLE.get("n", 0) + 1
+        return self.linear(x) * settings.TABLE["n"]
+
+
+class Appending(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        from .settings import TABLE as table  # noqa: N811
+
+        table.update(n=table.get("n", 0) + 1)
+        return self.linear(x) * table["n"]
+
+
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+@pytest.mark.parametrize("make", [Counting, Appending])
+def test_what_a_forward_counts_elsewhere_goes_on(
+    make: type[Layer], examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "TABLE", {"k": 2.0})
+    model = nn.Sequential(make(), nn.Linear(3, 3))
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    assert settings.TABLE == {"k": 2.0}
+    for count in range(1, 4):
+        torch.testing.assert_close(gm(ROW), model[1](model[0].linear(ROW) * count), rtol=0, atol=0)
 
 
 SOURCE = """

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 import fxreg
 
+from . import settings
 from .marks import slow_but
+from .settings import KEPT as RENAMED
+from .settings import TABLE as SAME
 from .test_mentions import L1, LOUD, QUIET, Region
 
 KEY = "gain"
@@ -153,6 +156,23 @@ def fills_global(config: Any) -> None:
     BOX[0] = 3.0
 
 
+def fills_module(config: Any) -> None:
+    settings.TABLE["k"] = 3.0
+
+
+def fills_renamed(config: Any) -> None:
+    SAME["k"] = 3.0
+
+
+def fills_variable(config: Any) -> None:
+    own = RENAMED.own
+    own["k"] = 3.0
+
+
+def fills_class(config: Any) -> None:
+    settings.Kept.of_class["k"] = 3.0
+
+
 # Who reads it.
 
 
@@ -240,6 +260,22 @@ def globally_in_list(config: Any) -> float:
     return BOX[0]
 
 
+def by_module(config: Any) -> float:
+    return settings.TABLE["k"]
+
+
+def renamed(config: Any) -> float:
+    return SAME["k"]
+
+
+def of_object(config: Any) -> float:
+    return settings.KEPT.own["k"]
+
+
+def of_class(config: Any) -> float:
+    return RENAMED.of_class["k"]
+
+
 CASES = [
     *((Plain, sets, one) for one in (
         by_default, by_asking, by_trying, by_suppressing, by_value, by_mapping, by_matching, by_getter, by_dictionary,
@@ -260,6 +296,8 @@ CASES = [
     (Computed, sets, plainly), (Computed, sets_by_value, plainly), (Computed, fills, plainly),
     (collections.Counter, sets, by_default),
     (Plain, sets_global, globally), (Plain, sets_variable, by_variable), (Plain, fills_global, globally_in_list),
+    (Plain, fills_module, renamed), (Plain, fills_renamed, by_module), (Plain, fills_renamed, renamed),
+    (Plain, fills_variable, of_object), (Plain, fills_class, of_class),
 ]  # fmt: skip
 QUICK = [(Plain, sets, by_default), (Plain, sets, by_trying), (InClass, sets, plainly)]
 
@@ -274,6 +312,7 @@ def set_back() -> Iterator[None]:
 def reset() -> None:
     VARIABLE.set(2.0)
     InClass.gain = GLOBALS.gain = BOX[0] = 2.0
+    settings.TABLE["k"] = settings.KEPT.own["k"] = settings.Kept.of_class["k"] = 2.0
     for kind in (Plain, Inherited):
         if KEY in vars(kind):
             del kind.gain
