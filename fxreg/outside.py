@@ -176,12 +176,13 @@ def _space(value: Any) -> dict[str, Any]:
 
 def _found_in(owner: Any, name: str) -> Any:
     """What a module or an object has under a name, or its class."""
+    if isinstance(owner, types.ModuleType):
+        return vars(owner).get(name, _MISSING)
     if name == "__code__":
         return getattr(owner, name, _MISSING)
+    own = {} if isinstance(owner, type) else getattr(owner, "__dict__", {})
     kind = owner if isinstance(owner, type) else type(owner)
-    own = None if isinstance(owner, type) else getattr(owner, "__dict__", None)
-    spaces = (own or {}, *map(vars, kind.__mro__))
-    return next((space[name] for space in spaces if name in space), _MISSING)
+    return next((space[name] for space in (own, *map(vars, kind.__mro__)) if name in space), _MISSING)
 
 
 def _outside(place: Place) -> Outside | None:
