@@ -55,6 +55,7 @@ _QUESTIONS = {
     id: "asks for an identity",
     print: "prints",
     hash: "hashes a value",
+    globals: "looks into the globals",
     torch.is_grad_enabled: "reads the grad mode",
     torch.is_inference_mode_enabled: "reads the inference mode",
     torch.is_autocast_enabled: "reads autocast",

@@ -11,7 +11,7 @@ import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
@@ -24,8 +24,16 @@ from .structure import PLAIN
 
 _Pick: TypeAlias = Callable[[Collection[str]], Collection[str]]
 _MISSING = object()
+_SPECIAL = {
+    "__bool__", "__call__", "__contains__", "__eq__", "__float__", "__get__", "__getattr__", "__getattribute__",
+    "__getitem__", "__init__", "__int__", "__iter__", "__len__", "__new__", "__next__", "__post_init__",
+}  # fmt: skip
+"""Methods that nobody calls by name."""
 _NEVER = (Tensor, nn.Module, logging.Logger, types.GenericAlias)
-_TAKEN = (Collection, partial, operator.attrgetter, operator.itemgetter, operator.methodcaller)
+_TAKEN = (
+    Collection, partial, operator.attrgetter, operator.itemgetter, operator.methodcaller, property, staticmethod,
+    classmethod, cached_property,
+)  # fmt: skip
 """Of a library's objects, those that are what the user put in."""
 
 
@@ -77,61 +85,63 @@ def read_outside(
 
     Args:
         kept: the values of attributes that it read.
-        asked: those of some names for which it asks by a value.
+        asked: those of some names for which it asks by a value, and which need not be there.
     """
-    got = _got_by({id(one): one for one in kept})
+    names, absent = _got_by(kept), set[str]()
+    for code, space in codes:
+        if is_own(space.get("__name__")):
+            names |= names_mentioned(code)
+            absent |= {*asked(code, names_mentioned(code))}
 
     def found() -> Iterator[Place]:
         for code, space in codes:
-            is_there = space is vars(sys.modules.get(space.get("__name__", ""), types))  # not made by `exec`, nor gone
-            yield from places(code, space if is_there else {}, partial(_among, got, asked, code))
-        names = got.union(*(names_mentioned(code) for code, _ in codes))
+            module = space.get("__name__", "")
+            is_there = space is vars(sys.modules.get(module, types))  # not made by `exec`, nor gone
+            picks = partial(_picked, names if is_own(module) else names_mentioned(code), absent, partial(asked, code))
+            yield from places(code, space if is_there else {}, picks)
+            for name in names_in_code(code).read if is_there and is_own(module) else ():
+                if name not in space:
+                    yield Place(module, (name,), _MISSING)
+        picks = partial(_picked, names, absent, lambda present: ())
         for kind in {type(one) for value in kept if is_own(type(value).__module__) for one in objects_in(value)}:
             path = tuple(kind.__qualname__.split("."))
             if is_own(kind.__module__) and "<locals>" not in path:
-                yield from _leading_on(Place(kind.__module__, path, kind), names.intersection, set())
+                yield from _leading_on(Place(kind.__module__, path, kind), picks, set())
 
     for _ in range(2):  # among what is found may be getters, which ask for more
         each = [*found()]
-        more = _got_by({id(place.value): place.value for place in each}) - got
+        more = _got_by([place.value for place in each]) - names
         if not more:
             break
-        got |= more
+        names |= more
     return tuple({one[:2]: outside for one in each if (outside := _outside(one))}.values())
 
 
-def _among(
-    got: Collection[str],
-    asked: Callable[[types.CodeType, Collection[str]], Collection[str]],
-    code: types.CodeType,
+def _picked(
     names: Collection[str],
+    absent: Collection[str],
+    asked: Callable[[Collection[str]], Collection[str]],
+    present: Collection[str],
 ) -> set[str]:
-    return {name for name in names if name in got}.union(asked(code, names))
+    """Which attributes to follow: those that are mentioned, and those that are asked for and are not there."""
+    return {*names}.intersection(present).union(asked(present), absent)
 
 
-def places(
-    code: types.CodeType,
-    space: Mapping[str, Any],
-    also: Callable[[Collection[str]], Collection[str]] = lambda names: (),
-) -> Iterator[Place]:
+def places(code: types.CodeType, space: Mapping[str, Any], picks: _Pick | None = None) -> Iterator[Place]:
     """What the names in code lead to that runs with some global variables: these, what it imports, and attributes that
     it mentions of the modules and classes among them, and of the classes of objects.
 
     Args:
-        also: which others of some names of attributes it may mean.
+        picks: which attributes to follow, of those that something has; by default those that the code mentions.
     """
-    names, attributes = names_in_code(code), names_mentioned(code)
-    met: set[int] = set()
-
-    def pick(present: Collection[str]) -> Collection[str]:
-        return attributes.intersection(present).union(also(present))
-
+    names, met = names_in_code(code), set[int]()
+    picks = picks or names_mentioned(code).intersection
     for name in names.read:
         if name in space:
-            yield from _leading_on(Place(space.get("__name__", ""), (name,), space[name]), pick, met)
+            yield from _leading_on(Place(space.get("__name__", ""), (name,), space[name]), picks, met)
     for name in _imported(names.imported, space.get("__package__") or ""):
         if isinstance(module := sys.modules.get(name), types.ModuleType):
-            yield from _leading_on(Place(name, (), module), pick, met)
+            yield from _leading_on(Place(name, (), module), picks, met)
 
 
 def _imported(modules: Iterable[tuple[str, int]], package: str) -> Iterator[str]:
@@ -142,28 +152,31 @@ def _imported(modules: Iterable[tuple[str, int]], package: str) -> Iterator[str]
         yield from (".".join(parts[: end + 1]) for end in range(len(parts)))
 
 
-def _leading_on(place: Place, pick: _Pick, met: set[int]) -> Iterator[Place]:
-    """A place, and those to which names lead from there."""
+def _leading_on(place: Place, picks: _Pick, met: set[int]) -> Iterator[Place]:
+    """A place, and those to which names lead from there; and to which none need to lead: special methods."""
     yield place
-    if id(place.value) not in met:
+    if id(place.value) not in met and (space := _space(place.value)) is not None:
         met.add(id(place.value))
-        space = _space(place.value)
-        for name in pick(space.keys()):
-            yield from _leading_on(Place(place.module, (*place.path, name), space[name]), pick, met)
+        for name in {*picks(space.keys())}.union(filter(_is_special, space)):
+            yield from _leading_on(Place(place.module, (*place.path, name), space.get(name, _MISSING)), picks, met)
 
 
-def _space(value: Any) -> dict[str, Any]:
+def _is_special(name: str) -> bool:
+    return name in _SPECIAL
+
+
+def _space(value: Any) -> dict[str, Any] | None:
     """The attributes of a module, a class, or an object's class; of an installed package's, only plain values, those of
-    the object itself included."""
+    the object itself included. None if nobody follows them: what a library has, or what has none."""
     if type(value) in PLAIN or isinstance(value, Tensor | nn.Module | types.FunctionType):
-        return {}
+        return None
     kind = value if isinstance(value, type) else type(value)
     is_module = isinstance(value, types.ModuleType)
     home = value.__name__ if is_module else kind.__module__
     if is_foreign(home):
-        return {}
+        return None
     found: dict[str, Any] = {}
-    for base in () if is_module else reversed(kind.__mro__):
+    for base in () if is_module else _bases(kind)[::-1]:
         found |= {} if is_foreign(base.__module__) else vars(base)
     if is_module or not (is_own(home) or value is kind):
         found |= getattr(value, "__dict__", {})
@@ -182,7 +195,13 @@ def _found_in(owner: Any, name: str) -> Any:
         return getattr(owner, name, _MISSING)
     own = {} if isinstance(owner, type) else getattr(owner, "__dict__", {})
     kind = owner if isinstance(owner, type) else type(owner)
-    return next((space[name] for space in (own, *map(vars, kind.__mro__)) if name in space), _MISSING)
+    spaces: tuple[Mapping[str, Any], ...] = (own, *map(vars, _bases(kind)))
+    return next((space[name] for space in spaces if name in space), _MISSING)
+
+
+def _bases(kind: type) -> tuple[type, ...]:
+    """Where attributes of a class are looked up: in its bases, and those of its class."""
+    return kind.__mro__ + type(kind).__mro__
 
 
 def _outside(place: Place) -> Outside | None:
@@ -196,14 +215,14 @@ def _outside(place: Place) -> Outside | None:
         return Outside(module, (*path, "__code__"), frozen(value.__code__))
     is_named = isinstance(value, type | types.ModuleType | types.BuiltinFunctionType)
     is_opaque = is_library(type(value).__module__) and not isinstance(value, _TAKEN)
-    if type(value) in PLAIN or is_named or not (is_installed(module) or is_opaque):
+    if type(value) in PLAIN or value is _MISSING or is_named or not (is_installed(module) or is_opaque):
         return Outside(module, path, frozen(value))
     return None
 
 
-def _got_by(values: Mapping[int, Any]) -> set[str]:
+def _got_by(values: Iterable[Any]) -> set[str]:
     """The attributes that getters among some values are for, in functions and containers as well."""
-    names, met, waiting = set[str](), set[int](), [*values.values()]
+    names, met, waiting = set[str](), set[int](), [*values]
     while waiting:
         value = waiting.pop()
         if id(value) in met:

@@ -5,7 +5,7 @@ import functools
 import inspect
 import types
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from .kinds import qualified
 from .mentions import asked
 from .naming import names_in_code
 from .outside import Outside, read_outside
-from .packages import is_library
+from .packages import is_library, is_own
 from .side_channels import GLOBAL_HOOKS, HOOKS, listed
 from .structure import alike
 from .witnesses import Witness
@@ -77,6 +77,10 @@ def remember(
     for (_, path, registry), names in listings:
         lists.setdefault(path, {})[registry] = names
         values.setdefault(path, {})
+    for path, module in modules.items():
+        for name, value in _class_values(type(module), mentioned):
+            if name not in vars(module):
+                values[path].setdefault(name, value)
     objects: dict[int, tuple[Any, int]] = {}  # one, a configuration say, may be everybody's: once is enough
     return tuple(
         Remembered(
@@ -92,6 +96,14 @@ def remember(
         )
         for path, found in values.items()
     )
+
+
+def _class_values(kind: type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """What a class of the user's has under some names and is no function, nor gives something else."""
+    spaces = [vars(base) for base in kind.__mro__ if is_own(base.__module__)]
+    for name in names if spaces else ():
+        found = [space[name] for space in spaces if name in space][:1]
+        yield from ((name, value) for value in found if not hasattr(type(value), "__get__"))
 
 
 def _asked(code: types.CodeType, names: Collection[str]) -> Collection[str]:
@@ -300,9 +312,10 @@ def _other_method(module: nn.Module, then: Remembered) -> str | None:
             return name
         now = getattr(type(module), name, None)  # what it is, is looked up only where it is another
         if not then.witness.knows(name, now):
-            if not alike(frozen(_method(type(module), name)), before):
+            function = _method(type(module), name)
+            if not alike(frozen(function), before):
                 return name
-            then.witness.meets(name, now)
+            then.witness.meets(name, now, function)
     return None
 
 

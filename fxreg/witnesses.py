@@ -38,13 +38,14 @@ class Witness:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Witness, ())
 
-    def knows(self, name: str, function: Any) -> bool:
-        """Whether a function is the one that was met under its name; of such only the identity counts."""
-        return self._functions.get(name, self) is function
+    def knows(self, name: str, found: Any) -> bool:
+        """Whether what a class has under a name is what was met there, with the code that it had."""
+        known, function, code = self._functions.get(name, (self, None, None))
+        return known is found and getattr(function, "__code__", None) is code
 
-    def meets(self, name: str, function: Any) -> None:
-        """A function was compared, and agrees."""
-        self._functions[name] = function
+    def meets(self, name: str, found: Any, function: types.FunctionType | None) -> None:
+        """What a class has under a name was compared, and agrees; behind it is a function."""
+        self._functions[name] = found, function, getattr(function, "__code__", None)
 
     def agrees(self, name: str, now: Any, then: Any) -> bool:
         """Whether the value under a name is as it was frozen."""
@@ -88,6 +89,7 @@ def _parts(value: Any) -> list[tuple[Any, ...]] | None:
                 inside = [*one]
                 waiting += inside
             case types.FunctionType() if not (one.__closure__ or one.__defaults__ or one.__kwdefaults__ or own):
+                found.append((one, type(one), (one.__code__, None, None), None, None))
                 continue
             case types.MethodType():
                 waiting += (one.__func__, one.__self__)
@@ -108,6 +110,8 @@ def _parts(value: Any) -> list[tuple[Any, ...]] | None:
 
 def _is_same(part: tuple[Any, ...]) -> bool:
     one, kind, inside, own, kept = part
+    if kind is types.FunctionType:
+        return _are((one.__code__, one.__defaults__, one.__kwdefaults__), inside)
     if type(one) is not kind or (inside is not None and not _holds(one, inside)):
         return False
     return own is None or (one.__dict__ is own and _holds(own, kept))

@@ -28,12 +28,27 @@ LOOK_UP = TABLE.get
 ACTIVATION = torch.relu
 
 
-class Held:
+class Numbered(type):
+    of_all = 2.0
+
+
+class Held(metaclass=Numbered):
     number = 2.0
     table: ClassVar = {"k": 2.0}
 
     def __init__(self) -> None:
         self.own = {"k": 2.0}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * 2.0
+
+    @classmethod
+    def scale(cls) -> float:
+        return cls.number
+
+    @property
+    def half(self) -> float:
+        return 1.0
 
 
 HELD = Held()
@@ -77,6 +92,10 @@ def scaled(x: Tensor) -> Tensor:
 class ByFunction(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return scaled(self.linear(x))
+
+
+class ByEdited(ByFunction):
+    pass
 
 
 class ByReplaced(Layer):
@@ -169,7 +188,54 @@ class Keeping(Layer):
         return self.linear(x) * self.held.number
 
 
+class OfMetaclass(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * Held.of_all
+
+
+class ByClassMethod(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * HELD.scale()
+
+
+class ByCall(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return HELD(self.linear(x))
+
+
+class ByProperty(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.held.half
+
+
+class ByDefault(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * getattr(settings, "GAIN", 2.0)
+
+
+class OfObjectByDefault(Keeping):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (2.0 if hasattr(self.held, "gain") else 3.0)
+
+
+class ByBuiltin(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * max(1.0, 2.0)
+
+
+def edit(patch: pytest.MonkeyPatch, function: Any, like: Any) -> None:
+    """Give a function another's code, as tools do that load edited modules again."""
+    patch.setattr(function, "__code__", like.__code__)
+
+
 CASES: dict[type[Layer], Any] = {
+    OfMetaclass: lambda patch: patch.setattr(Numbered, "of_all", 3.0),
+    ByClassMethod: lambda patch: patch.setattr(Held, "number", 3.0),
+    ByCall: lambda patch: patch.setattr(Held, "__call__", lambda self, x: x * 3.0),
+    ByProperty: lambda patch: patch.setattr(Held, "half", property(lambda self: 3.0)),
+    ByDefault: lambda patch: patch.setattr(settings, "GAIN", 3.0, raising=False),
+    OfObjectByDefault: lambda patch: patch.setattr(Held, "gain", 3.0, raising=False),
+    ByBuiltin: lambda patch: patch.setitem(globals(), "max", lambda *numbers: 3.0),
     Number: lambda patch: patch.setitem(globals(), "NUMBER", 3.0),
     Table: lambda patch: patch.setitem(TABLE, "k", [3.0]),
     OfClass: lambda patch: patch.setattr(Held, "number", 3.0),
@@ -188,6 +254,7 @@ CASES: dict[type[Layer], Any] = {
     ByMethod: lambda patch: patch.setitem(TABLE, "k", [3.0]),
     ByLibrary: lambda patch: patch.setitem(globals(), "ACTIVATION", torch.tanh),
     Keeping: lambda patch: patch.setattr(Held, "number", 3.0),
+    ByEdited: lambda patch: edit(patch, scaled, settings.thrice),
     ByReplaced: lambda patch: patch.setitem(globals(), "scaled", settings.thrice),
     ByFunction: lambda patch: patch.setitem(globals(), "NUMBER", 3.0),
 }
@@ -211,6 +278,44 @@ def test_a_variable_that_changed_is_noticed(
     torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
     CASES[make](monkeypatch)
     with pytest.raises(fxreg.CaptureError, match="which is another now"):
+        called(ROW)
+
+
+class OfOwnClass(Layer):
+    number = 2.0
+
+    @classmethod
+    def scale(cls) -> float:
+        return cls.number
+
+    @property
+    def half(self) -> float:
+        return 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale() * self.half
+
+
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(OfOwnClass, "number", 3.0),
+        lambda patch: patch.setattr(OfOwnClass, "half", property(lambda self: 3.0)),
+        lambda patch: edit(patch, vars(OfOwnClass)["half"].fget, lambda self: 3.0),
+        lambda patch: edit(patch, OfOwnClass.scale.__func__, lambda cls: 3.0),  # type: ignore[attr-defined]
+        lambda patch: edit(patch, OfOwnClass.forward, lambda self, x: x),
+    ],
+)
+def test_what_changed_in_the_class_is_noticed(change: Any, is_compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(OfOwnClass())
+    gm = fxreg.transform(model, L1)
+    assert not fxreg.explain(gm).opaque
+    called = torch.compile(gm, backend="eager") if is_compiled else gm
+    torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
+    change(monkeypatch)
+    with pytest.raises(fxreg.CaptureError, match="the model changed since it was captured"):
         called(ROW)
 
 
