@@ -201,7 +201,8 @@ def _found_in(owner: Any, name: str) -> Any:
 
 def _bases(kind: type) -> tuple[type, ...]:
     """Where attributes of a class are looked up: in its bases, and those of its class."""
-    return kind.__mro__ + type(kind).__mro__
+    metaclass: type = type(kind)
+    return (*kind.__mro__, *metaclass.__mro__)
 
 
 def _outside(place: Place) -> Outside | None:
