@@ -1,5 +1,6 @@
 """What every test starts from: one thread, one seed, and a compiler that remembers nothing."""
 
+import collections
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,18 @@ torch.set_num_threads(1)  # the workers share the cores
 
 settings.register_profile("fxreg", deadline=None, derandomize=True)
 settings.load_profile("fxreg")
+
+
+@pytest.hookimpl(tryfirst=True)  # before some are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with many cases, one in five is quick."""
+    cases = collections.Counter[str]()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if item.get_closest_marker("slow") is None:
+            cases[test] += 1
+            if cases[test] > 2 and cases[test] % 5:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

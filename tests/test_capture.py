@@ -561,6 +561,7 @@ def test_the_reason_names_what_the_forward_did(name: str) -> None:
     assert re.search(REASONS[name], " ".join(report.opaque.values()))
 
 
+@pytest.mark.slow
 def test_the_innocent_rest_of_a_model_is_captured() -> None:
     """Around each model that maps a batch to a batch, the layers before and after it are nodes, or it says why not."""
     shallow = []

@@ -186,8 +186,8 @@ def odd_penalty(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("calls", [1, 2])
-@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("calls", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("clips", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_hooks_of_a_compilation_give_every_weight_its_penalty_once(backend: str, calls: int, clips: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

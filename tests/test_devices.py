@@ -146,6 +146,7 @@ def test_training_is_that_of_the_hand_written_loss(
 
 @on_each_device
 @pytest.mark.parametrize("make", [SGD, AdamW])
+@pytest.mark.slow
 def test_a_whole_step_is_the_ordinary_loops(make: Any, device: torch.device) -> None:
     original, inputs = build("mlp")
     inputs, rules = tuple(x.to(device) for x in inputs), [term.rule for term in terms_of(STRENGTHS, "penalty", True)]
@@ -169,6 +170,7 @@ def test_a_whole_step_is_the_ordinary_loops(make: Any, device: torch.device) -> 
 
 
 @pytest.mark.parametrize("make", [SGD, Adam, AdamW])
+@pytest.mark.slow
 def test_a_whole_step_needs_no_value_on_the_host(make: Any) -> None:
     """On the meta device there is none: whoever asks for one gets an error."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to("meta")

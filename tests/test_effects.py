@@ -293,6 +293,7 @@ def test_a_penaltys_value_and_gradients_are_the_formulas(name: str, shape: tuple
     strength=st.floats(0, 10),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
+@pytest.mark.slow
 def test_closed_forms_are_the_derivatives_on_random_shapes(
     name: str, shape: tuple[int, ...], seed: int, strength: float, dtype: torch.dtype
 ) -> None:

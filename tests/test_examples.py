@@ -112,6 +112,7 @@ def test_a_network_without_any_filter_left_is_cut_too() -> None:
     torch.testing.assert_close(filters.cut(model)(images), model(images))
 
 
+@pytest.mark.slow
 def test_the_features_that_are_chosen_are_those_of_lasso(capsys: pytest.CaptureFixture[str]) -> None:
     sparse_features.main(["--steps", "300"])
     printed = capsys.readouterr().out

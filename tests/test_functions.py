@@ -151,6 +151,7 @@ def test_of_a_model_with_its_own_loss_the_losss_gradient_is_penalized() -> None:
     assert torch.equal(gm(x(), labels)["loss"], loss)
 
 
+@pytest.mark.slow
 def test_the_jacobians_estimate_is_unbiased_and_exact_for_one_output() -> None:
     model = nn.Linear(3, 4, bias=False).double()
     exact = 4 * model.weight.detach().square().sum()  # a batch of four

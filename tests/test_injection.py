@@ -974,6 +974,7 @@ class TwoHeads(nn.Module):
         return self.one(x), self.other(x)
 
 
+@pytest.mark.slow
 def test_compiled_what_is_in_one_graph_is_reached() -> None:
     """As by torch.compile alone, a gradient is 0 there that is None in eager mode, and via="gradient" adds to it."""
     found = {}

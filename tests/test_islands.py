@@ -353,6 +353,7 @@ def test_a_model_that_fails_when_it_is_observed_has_no_islands() -> None:
     assert nn.Module.__call__ is _CALL
 
 
+@pytest.mark.slow
 def test_models_transformed_at_once_leave_everything_as_it_was() -> None:
     def work(_: int) -> int:
         return len(islands(fxreg.transform(Fixed(), L1, example_inputs=(ONES,))))

@@ -418,6 +418,7 @@ def test_penalty_and_proximal_step_end_in_the_same_place_which_only_one_of_them_
 
 
 @pytest.mark.parametrize(("dampening", "nesterov", "factor"), [(0.9, False, 1.0), (0.0, False, 0.1), (0.0, True, 0.1)])
+@pytest.mark.slow
 def test_momentum_leaves_a_share_of_the_strength_unless_it_is_damped(
     dampening: float, nesterov: bool, factor: float
 ) -> None:

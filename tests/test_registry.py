@@ -376,6 +376,7 @@ def test_zero_strength_leaves_gradients_untouched(rules: list[fxreg.Rule], emit:
 
 @briefly
 @given(penalty_rules(st.floats(0, 2)), st.randoms(use_true_random=False))
+@pytest.mark.slow
 def test_the_order_of_penalties_does_not_matter(rules: list[fxreg.Rule], random: Any) -> None:
     model, x = net()
     shuffled = random.sample(rules, len(rules))

@@ -164,6 +164,7 @@ class Gained(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["sgd with momentum", "adam"])
+@pytest.mark.slow
 def test_states_that_are_one_number_are_written_in_float64_too(name: str) -> None:
     """Dynamo takes a 0-d float64 tensor for a number: Adam's step counter, and all that a 0-d parameter has."""
     usual = torch.get_default_dtype()
@@ -209,6 +210,7 @@ def test_inductor(make: str, emit: str) -> None:
 
 
 @pytest.mark.parametrize("name", slow_but(["nesterov"], ["nesterov", "adam decayed", "adamw with a tensor"]))
+@pytest.mark.slow
 def test_schedules_of_numbers_and_strengths_compile_nothing_anew(name: str) -> None:
     trial, backend = Trial("tiny", []), CompileCounterWithBackend("aot_eager")
     trial.gm = fxreg.transform(trial.model, [fxreg.Rule(fxreg.l1(1.0))])
@@ -255,6 +257,7 @@ def test_other_steps_do_not_count_towards_the_limit_of_recompilations() -> None:
     ("name", "first"),
     slow_but([("dampened", "loop")], [("sgd with momentum", "step"), ("dampened", "loop"), ("adam", "step")]),
 )
+@pytest.mark.slow
 def test_the_state_goes_from_the_step_to_the_ordinary_loop_and_back(name: str, first: str) -> None:
     trial, make = Trial("tiny", RULES["penalties"]()), OPTIMIZERS[name]
     optimizer, reference = make(trial.parameters()), make(list(trial.twin.parameters()))
@@ -326,6 +329,7 @@ def test_a_proximal_step_follows() -> None:
 
 
 @pytest.mark.parametrize("emit", slow_but(["backward"], EMITS))
+@pytest.mark.slow
 def test_penalties_on_activations_and_on_parameters(emit: str) -> None:
     trial = Trial("tiny", RULES["penalties"](), emit)
     rules = [fxreg.Rule(fxreg.l2(0.3), layer="Tanh", on="output"), *(term.rule for term in trial.terms)]
@@ -369,6 +373,7 @@ def test_the_loss_scale_is_followed() -> None:
 
 
 @pytest.mark.parametrize("training", slow_but([True], [True, False]))
+@pytest.mark.slow
 def test_a_loss_that_is_weighted_weights_its_penalty(training: bool) -> None:
     trial = Trial("tiny", RULES["penalties"](), "loss")
     trial.gm.train(training)
@@ -415,6 +420,7 @@ def test_named_inputs_several_targets_and_a_loss_with_parameters() -> None:
 
 
 @pytest.mark.parametrize("emit", slow_but(["backward"], EMITS))
+@pytest.mark.slow
 def test_the_module_compiles_by_itself_before_and_behind_a_step(emit: str) -> None:
     trial, backend = Trial("tiny", RULES["penalties"](), emit), CompileCounterWithBackend("aot_eager")
     optimizer = SGD(trial.parameters(), lr=0.0)
@@ -496,6 +502,7 @@ WAITS = {"item", "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select"
 
 
 @pytest.mark.parametrize("emit", slow_but(["backward"], EMITS))
+@pytest.mark.slow
 def test_nothing_in_a_step_waits_for_the_device(emit: str) -> None:
     """By construction: no operator of a step, in or around its graph, brings a value to Python."""
     effects = [fxreg.Rule(fxreg.l1(0.1)), fxreg.Rule(fxreg.l2(0.1), via="gradient"), fxreg.Rule(fxreg.entropy(0.1))]

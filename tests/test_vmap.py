@@ -106,6 +106,7 @@ def test_mapped_over_inputs_a_penalty_on_parameters_counts_once(rule: str) -> No
     torch.testing.assert_close([p.grad for p in found.parameters()], by_hand(model(), rule))
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph_it_is_an_error() -> None:
     members = [model(seed) for seed in range(2)]
     parameters, _ = stack_module_state(members)

@@ -79,6 +79,7 @@ def test_every_operator_is_in_the_graph(name: str, monkeypatch: pytest.MonkeyPat
     trial.assert_same()
 
 
+@pytest.mark.slow
 def test_several_rules_act_in_their_order_with_the_learning_rate_of_the_group() -> None:
     rules = fxreg.Rule(fxreg.l1(0.3), via="proximal"), fxreg.Rule(fxreg.box(-0.2, 0.1), param="weight")
     trial = Trial(*rules, optimizer=AdamW, weight_decay=0.1)
@@ -121,6 +122,7 @@ def test_what_stands_before_it_sees_the_parameters_before_it() -> None:
     assert not torch.equal(seen[0][0], trial.models[0].first.weight)
 
 
+@pytest.mark.slow
 def test_bound_and_removed_between_two_steps() -> None:
     trial = Trial(fxreg.Rule(fxreg.l1(0.5), via="proximal", param="weight"))
     step = trial.whole()
