@@ -83,8 +83,8 @@ def _each(names: Iterable[str], quick: int = 1) -> pytest.MarkDecorator:
 
 
 every_case = _each(TABLE, quick=2)
-every_stateful = _each((n for n, c in TABLE.items() if n in CASES or c.remembers), quick=3)
-every_hiding = _each((n for n, c in TABLE.items() if n in CASES or c.hides), quick=3)
+every_stateful = _each((*CASES, *some([n for n, c in TABLE.items() if n not in CASES and c.remembers], 3)), quick=3)
+every_hiding = _each((*CASES, *some([n for n, c in TABLE.items() if n not in CASES and c.hides], 3)), quick=3)
 every_model = _each(CASES)
 
 

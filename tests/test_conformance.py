@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fxreg
 from fxreg.effects import registry
 
-from .marks import slow_but
+from .marks import in_turn, slow_but
 from .test_effects import Dot
 from .test_registry import EXAMPLES, QUICK
 
@@ -24,6 +24,7 @@ EFFECTS = [name for name in EXAMPLES if not getattr(registry[name], "detach", Fa
 PENALTIES = [name for name in EFFECTS if "penalty" in registry[name].vias]
 WITH_PROXIMAL = [name for name in PENALTIES if "proximal" in registry[name].vias]
 TRANSFORMS = [name for name in EFFECTS if registry[name].default_via == "gradient"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -146,8 +147,8 @@ def test_at_the_ends_of_float32_penalties_are_what_they_are_in_float64(name: str
             torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", slow_but(QUICK, PENALTIES))
+@pytest.mark.parametrize(("name", "dtype"), in_turn([*itertools.product(PENALTIES, DTYPES)]), ids=str)
+@pytest.mark.slow
 def test_of_a_million_elements_penalties_are_what_they_are_in_float64(name: str, dtype: torch.dtype) -> None:
     """Those of 16 bits too: they accumulate in float32."""
     effect = EXAMPLES[name].effect
@@ -195,8 +196,9 @@ def test_of_any_shape_and_emptiness_numbers_are_finite_or_the_shape_is_refused(n
         grad = random(*shape, seed=1).float()
         for weight in (torch.zeros(shape), random(*shape).float()):
             if name in PENALTIES:
-                assert value(effect, weight).shape == ()
-                assert value(effect, weight).isfinite()
+                penalty = value(effect, weight)
+                assert penalty.shape == ()
+                assert penalty.isfinite()
             for via in vias(name):
                 found = gradient(effect, weight, grad, via=via)
                 assert found.shape == shape
@@ -328,8 +330,8 @@ def test_a_gradient_of_zeros_stays_one(name: str) -> None:
                 assert not gradient(EXAMPLES[name].effect, weight, torch.zeros_like(weight)).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", slow_but(QUICK, TRANSFORMS))
+@pytest.mark.parametrize(("name", "dtype"), in_turn([*itertools.product(TRANSFORMS, DTYPES)]), ids=str)
+@pytest.mark.slow
 def test_of_a_million_elements_transforms_are_what_they_are_in_float64(name: str, dtype: torch.dtype) -> None:
     effect = EXAMPLES[name].effect
     weight, grad = random(4, 250_000, dtype=dtype), random(4, 250_000, seed=1, dtype=dtype)

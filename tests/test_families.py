@@ -67,7 +67,7 @@ def test_a_real_model_trains_on_the_hand_written_loss(name: str) -> None:
         assert_unchanged_by(islands, model, model, examples)
 
 
-ACTIVATIONS = ("bert", "deberta_v2", "llava", "resnet")
+ACTIVATIONS = ("bert", "deberta_v2", "resnet")
 """Whose activations stand in one graph, or in what runs as it is."""
 
 

@@ -151,10 +151,11 @@ def is_quick(name: str) -> bool:
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
-        pytest.param(name, rule, id=f"{name}-{label}", marks=[] if rule is L1 and is_quick(name) else pytest.mark.slow)
-        for name in CASES
-        for label, rule in (("l1", L1), ("half", HALF))
-        if rule is L1 or not name.startswith("size-")
+        *(pytest.param(name, L1, id=f"{name}-l1") for name in CASES),
+        *(
+            pytest.param(n, HALF, id=f"{n}-half")
+            for n in some([n for n in CASES if not n.startswith("size-")], every=3)
+        ),
     ],
 )
 @pytest.mark.slow
