@@ -21,7 +21,7 @@ from .enclosed import defaults, enclosed, holds_iterator, slots
 from .hearing import untold
 from .naming import PUTS, codes_in, names_in, names_in_code, names_mentioned
 from .outside import places
-from .packages import is_foreign, is_library
+from .packages import is_foreign, is_library, is_own
 
 PAST = "reads what an object keeps, past its attributes"
 LOOKS_PAST = dict.fromkeys(("getattr_static", "__getstate__", "__reduce_ex__"), PAST)
@@ -149,11 +149,18 @@ def containers_of(kinds: Iterable[type]) -> dict[int, Any]:
 
 
 def objects_named(functions: Iterable[types.FunctionType]) -> dict[int, Any]:
-    """The containers to which the names in some functions lead, and the objects of the user's own; by identity."""
+    """The containers and the user's own objects to which the names in some functions lead, or that they close over; by
+    identity."""
     found: dict[int, Any] = {}
-    for function in functions:
-        for _, _, value in places(function.__code__, function.__globals__):
-            if isinstance(value, _MUTABLE) or (_has_attributes(value) and not _is_library(type(value))):
+    waiting, met = [*functions], set[int]()
+    while waiting:
+        function = waiting.pop()
+        met.add(id(function))
+        named = [place.value for place in places(function.__code__, function.__globals__)]
+        for value in (*named, *enclosed(function)):
+            if isinstance(value, types.FunctionType) and id(value) not in met and not is_foreign(value.__module__):
+                waiting.append(value)
+            elif isinstance(value, _MUTABLE) or (_has_attributes(value) and not _is_library(type(value))):
                 found[id(value)] = value
     inert = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, nn.Module)
     return {identity: value for identity, value in found.items() if not isinstance(value, inert)}
@@ -265,8 +272,8 @@ def code_asks_for_none(code: types.CodeType) -> bool:
 @once_per_function
 def _function_reason(function: types.FunctionType) -> str | None:
     what = next((f"has a default that can change ({d!r})" for d in defaults(function) if isinstance(d, _MUTABLE)), None)
-    if what is None and _may_change_a_global(function):
-        what = "changes a global container"
+    if what is None and _may_change_containers(function):
+        what = _changed_elsewhere(function.__code__, function.__globals__, enclosed(function))
     if what is None:
         what = kept_answer((*enclosed(function), *defaults(function)), function.__module__)
     if what is None:
@@ -277,20 +284,24 @@ def _function_reason(function: types.FunctionType) -> str | None:
 
 def code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
     """Why code that runs with these global variables must not be traced, if it says so."""
-    what = "changes a global container" if _changes_a_global(code, space) else _code_reason(code, space)
+    what = _changed_elsewhere(code, space) if _changes_containers(code) else None
+    what = what or _code_reason(code, space)
     return None if what is None else f"{code.co_qualname} {what}"
 
 
-def _may_change_a_global(function: types.FunctionType) -> bool:
-    return _may_change_containers(function) and _names_a_container(function.__code__, function.__globals__)
+def _changed_elsewhere(code: types.CodeType, space: dict[str, Any], kept: Iterable[Any] | None = None) -> str | None:
+    """What code that changes some container may change outside of the call: global ones, or what it closes over.
 
-
-def _changes_a_global(code: types.CodeType, space: dict[str, Any]) -> bool:
-    return _changes_containers(code) and _names_a_container(code, space)
-
-
-def _names_a_container(code: types.CodeType, space: dict[str, Any]) -> bool:
-    return any(isinstance(place.value, _MUTABLE) for place in places(code, space))
+    Args:
+        kept: what it closes over, if that is known.
+    """
+    filled = names_in_code(code).filled
+    for place in places(code, space):
+        is_own_object = is_own(type(place.value).__module__) and _has_attributes(place.value)
+        if isinstance(place.value, _MUTABLE) or (is_own_object and place.path in {(name,) for name in filled}):
+            return "changes a global container"
+    free = filled.intersection(code.co_freevars) if kept is None else any(isinstance(one, _MUTABLE) for one in kept)
+    return "changes a container of an enclosing function" if free else None
 
 
 def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:

@@ -198,24 +198,21 @@ class Ledger:
             unsettled = (name for name, ones in writers.items() if is_blind or not self._is_settled(path, name, ones))
             if common := min(unsettled, default=None):
                 found[path] = f"mentions {common!r}, which {[*writers[common]][-1]!r} may write when it runs"
+        codes_of = {path: self._entered.get(path, {}).values() for path in self.modules}
+        says = {path: frozenset[str]().union(*map(names_mentioned, codes)) for path, codes in codes_of.items()}
         for reader, where, value in self._read():
-            if reader not in found and any(map(shared.holds, _changeable(value, self._said(reader)))):
+            if reader not in found and any(map(shared.holds, _changeable(value, says.get(reader, frozenset())))):
                 found[reader] = f"reads {where!r}, which may change when the model runs"
         return found
-
-    def _said(self, reader: str) -> frozenset[str]:
-        """The names in the code that ran for a module."""
-        return frozenset().union(*map(names_mentioned, self._entered.get(reader, {}).values()))
 
     def _read(self) -> Iterator[tuple[str, str, Any]]:
         """The paths of the traced modules, and what they read: attributes, and what names in their code lead to."""
         for (reader, path, name), value in self.reads.items():
             yield reader, ".".join(filter(None, (path, name))), value
-        for (code, _), (_, space) in self.codes.items():
-            for reader in self.modules:
-                entered = self._entered.get(reader, {})
-                for place in places(entered[code], space) if code in entered else ():
-                    yield reader, ".".join((place.module, *place.path)), place.value
+        for code, space in self.codes.values():
+            readers = [path for path in self.modules if id(code) in self._entered.get(path, ())]
+            for place in places(code, space) if readers else ():
+                yield from ((path, ".".join((place.module, *place.path)), place.value) for path in readers)
 
     def _with_getters(self) -> set[str]:
         """The paths of the traced modules that have functions made to get attributes: nothing says when they do."""

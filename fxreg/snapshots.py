@@ -55,6 +55,7 @@ class Snapshot:
         self._found_in: dict[int, int] = {}  # by identity, what holds a value; names are made of it when needed
         waiting: list[Any] = [*also]
         self._roots = {id(value): f"a global {type(value).__name__}" for value in waiting}
+        self._also = frozenset(self._roots)
         passed = _LEAVES if with_values else _LEAVES | _TENSORS
         stops = _INERT if other_modules else (*_INERT, nn.Module)
         for module in modules:
@@ -96,7 +97,8 @@ class Snapshot:
             if not of_modules and isinstance(before, dict) and "_modules" in before:
                 continue
             of_object = self._found_in.get(identity, identity) not in self._held or not isinstance(value, dict)
-            if isinstance(before, dict) and (self._roots.get(identity) or of_object):
+            is_global = identity in self._also and isinstance(value, dict)
+            if isinstance(before, dict) and not is_global and (identity in self._roots or of_object):
                 registries = (before.get(name) for name in ("_modules", "_parameters", "_buffers"))
                 found.update(before, *(one for one in registries if isinstance(one, dict)))
         return found

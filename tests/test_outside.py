@@ -344,6 +344,64 @@ class Appending(Layer):
         return self.linear(x) * table["n"]
 
 
+def counted(function: Any) -> Any:
+    """A decorator that counts calls, in what it closes over and in an object."""
+    calls = [0]
+
+    def wrapper(x: Any) -> Any:
+        calls[0] += 1
+        CALLS.of[function.__name__] = calls[0]
+        return function(x)
+
+    return wrapper
+
+
+class Calls:
+    def __init__(self) -> None:
+        self.of: dict[str, int] = {}
+
+
+CALLS = Calls()
+
+
+@counted
+def tripled(x: Tensor) -> Tensor:
+    return x * 3
+
+
+def remembering(function: Any) -> Any:
+    known: dict[int, float] = {}
+
+    def wrapper(number: int) -> float:
+        if number not in known:
+            known[number] = function(number)
+        return known[number]
+
+    return wrapper
+
+
+@remembering
+def root(number: int) -> float:
+    return float(number**0.5)
+
+
+class ByCounted(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return tripled(self.linear(x)) * root(4)
+
+
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+def test_what_a_decorator_counts_goes_on(examples: Any) -> None:
+    model = nn.Sequential(ByCounted(), nn.Linear(3, 3))
+    before = CALLS.of.get("tripled", 0)
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    assert CALLS.of.get("tripled", 0) == before
+    for count in range(1, 7, 2):
+        torch.testing.assert_close(gm(ROW), model(ROW), rtol=0, atol=0)
+        assert CALLS.of["tripled"] == before + count + 1
+        root(count)
+
+
 @pytest.mark.parametrize("examples", [None, (ROW,)])
 @pytest.mark.parametrize("make", [Counting, Appending])
 def test_what_a_forward_counts_elsewhere_goes_on(
