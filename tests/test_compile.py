@@ -1,6 +1,7 @@
 """Under torch.compile: Inductor's gradients, graph breaks, compilations, and where nothing may be computed."""
 
 import copy
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxreg
 
-from .marks import slow_but
+from .marks import in_turn, slow_but
 from .models import CASES, MLP, build
 from .reference import assert_same, by_hand, objective, twin
 from .test_contexts import EMITS, LOWERINGS, Cell, _compiles_whole, gradients_of, loss_of, terms_of
@@ -94,8 +95,7 @@ def test_a_new_strength_acts_at_the_next_step_without_recompiling(emit: str, via
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", CASES)
-@pytest.mark.parametrize("emit", EMITS)
+@pytest.mark.parametrize(("model", "emit"), in_turn([*itertools.product(CASES, EMITS)]))
 def test_no_graph_break_that_the_model_alone_does_not_have(model: str, emit: str) -> None:
     cell = Cell(model, emit, "mixed")
     breaks = []
