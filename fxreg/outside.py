@@ -72,7 +72,7 @@ class Outside:
         """What is there now."""
         found: Any = sys.modules.get(self.module)
         for part in self.path:
-            found = _found_in(found, part)
+            found = found_in(found, part)
         return found
 
 
@@ -155,17 +155,17 @@ def _imported(modules: Iterable[tuple[str, int]], package: str) -> Iterator[str]
 def _leading_on(place: Place, picks: _Pick, met: set[int]) -> Iterator[Place]:
     """A place, and those to which names lead from there; and to which none need to lead: special methods."""
     yield place
-    if id(place.value) not in met and (space := _space(place.value)) is not None:
+    if id(place.value) not in met and (space := attributes_of(place.value)) is not None:
         met.add(id(place.value))
-        for name in {*picks(space.keys())}.union(filter(_is_special, space)):
+        for name in {*picks(space.keys())}.union(filter(is_special, space)):
             yield from _leading_on(Place(place.module, (*place.path, name), space.get(name, _MISSING)), picks, met)
 
 
-def _is_special(name: str) -> bool:
+def is_special(name: str) -> bool:
     return name in _SPECIAL
 
 
-def _space(value: Any) -> dict[str, Any] | None:
+def attributes_of(value: Any) -> dict[str, Any] | None:
     """The attributes of a module, a class, or an object's class; of an installed package's, only plain values, those of
     the object itself included. None if nobody follows them: what a library has, or what has none."""
     if type(value) in PLAIN or isinstance(value, Tensor | nn.Module | types.FunctionType):
@@ -187,7 +187,7 @@ def _space(value: Any) -> dict[str, Any] | None:
     return found
 
 
-def _found_in(owner: Any, name: str) -> Any:
+def found_in(owner: Any, name: str) -> Any:
     """What a module or an object has under a name, or its class."""
     if isinstance(owner, types.ModuleType):
         return vars(owner).get(name, _MISSING)

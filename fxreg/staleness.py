@@ -18,7 +18,7 @@ from .hearing import has_own_forward, untold
 from .kinds import qualified
 from .mentions import asked
 from .naming import names_in_code
-from .outside import Outside, read_outside
+from .outside import Outside, attributes_of, found_in, is_special, read_outside
 from .packages import is_library, is_own
 from .side_channels import GLOBAL_HOOKS, HOOKS, listed
 from .structure import alike
@@ -73,6 +73,8 @@ def remember(
     methods = _methods(map(type, modules.values()), mentioned)
     for (_, path, name), value in reads:
         values.setdefault(path, {})[name] = value
+        for attribute, found in _local_attributes(type(value), mentioned).items():
+            values[path][f"{name}.{attribute}"] = found
     lists: dict[str, dict[str, tuple[str, ...]]] = {}
     for (_, path, registry), names in listings:
         lists.setdefault(path, {})[registry] = names
@@ -96,6 +98,14 @@ def remember(
         )
         for path, found in values.items()
     )
+
+
+def _local_attributes(kind: type, names: Collection[str]) -> dict[str, Any]:
+    """What a class of the user's has under some names, and its special methods, where no name leads to the class."""
+    if issubclass(kind, nn.Module) or not is_own(kind.__module__) or "<locals>" not in kind.__qualname__:
+        return {}
+    kept = attributes_of(kind) or {}
+    return {name: found for name, found in kept.items() if name in names or is_special(name)}
 
 
 def _class_values(kind: type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -248,7 +258,7 @@ def _other_value(module: nn.Module, then: Remembered, met: dict[int | None, Any]
     """
     own = vars(module)
     for name, value, number in then.values:
-        now = own[name] if name in own else getattr(module, name, ...)
+        now = own[name] if name in own else _kept(module, name)
         if number in met and now is met[number]:
             continue
         if not then.witness.agrees(name, now, value):
@@ -259,6 +269,13 @@ def _other_value(module: nn.Module, then: Remembered, met: dict[int | None, Any]
         if not then.witness.agrees(outside.name, outside.now(), outside.value):
             return f"reads {outside.name!r}, which is another now"
     return None
+
+
+def _kept(module: nn.Module, name: str) -> Any:
+    """What a module has under a name, or, behind a dot, the class of that."""
+    name, _, attribute = name.partition(".")
+    found = getattr(module, name, ...)
+    return found_in(type(found), attribute) if attribute else found
 
 
 def _methods(kinds: Iterable[type], mentioned: Iterable[str]) -> dict[type, tuple[tuple[str, Any], ...]]:

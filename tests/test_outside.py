@@ -319,6 +319,35 @@ def test_what_changed_in_the_class_is_noticed(change: Any, is_compiled: bool, mo
         called(ROW)
 
 
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+@pytest.mark.parametrize("what", ["number", "half", "__call__"])
+def test_what_changed_in_a_local_class_is_noticed(what: str, examples: Any) -> None:
+    class Local:
+        number = 2.0
+
+        def half(self) -> float:
+            return 1.0
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x * 2.0
+
+    class Using(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.local = Local()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.local(self.linear(x)) * self.local.number * self.local.half()
+
+    model = nn.Sequential(Using())
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    assert not fxreg.explain(gm).opaque
+    torch.testing.assert_close(gm(ROW), model(ROW), rtol=0, atol=0)
+    setattr(Local, what, 3.0 if what == "number" else lambda self, *given: given[0] if given else 3.0)
+    with pytest.raises(fxreg.CaptureError, match=f"has another 'local.{what}'"):
+        gm(ROW)
+
+
 def test_a_getter_in_a_closure_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     get = operator.attrgetter("TABLE")
     model = ByKeptGetter()
