@@ -43,9 +43,10 @@ def draw(gm: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     file = Path(path)
     writers = {".dot": _dot, ".svg": _svg, ".html": _html}
-    if file.suffix not in writers:
+    write = writers.get(file.suffix.lower())
+    if write is None:
         raise FxregError(f"draw: the file must end in {', '.join(writers)}, got {str(path)!r}.")
-    file.write_text(writers[file.suffix](to_networkx(gm)), encoding="utf-8")
+    file.write_text(write(to_networkx(gm)), encoding="utf-8")
 
 
 def _dot(graph: "nx.MultiDiGraph[str]") -> str:

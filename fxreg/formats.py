@@ -68,9 +68,10 @@ def write(data: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _format(file: Path) -> _Format:
-    if file.suffix not in _FORMATS:
+    form = _FORMATS.get(file.suffix.lower())
+    if form is None:
         raise RuleError(f"a rules file must end in {', '.join(_FORMATS)}, got {str(file)!r}.")
-    return _FORMATS[file.suffix]
+    return form
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
 
     Args:
         gm: what `fxreg.transform` returned.
-        model: the model it was made from; for an exported program, that or the model that was exported.
+        model: what it was made from, compiled or not; for an exported program, that or the model that was exported.
         example_inputs: a tuple (positional) or a dict (keyword).
 
     Raises:
@@ -61,8 +61,7 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
     if isinstance(state.model, ExportedModule):
         args, kwargs = state.model.exported_inputs.arranged(args, kwargs)
         modes = (state.model.training,)
-    if isinstance(model, ExportedProgram):
-        model = model.module()
+    model = model.module() if isinstance(model, ExportedProgram) else uncompiled(model)
     if kept := iterator_kept(model):
         raise VerifyError(
             f"{kept[0] or 'the model'} keeps an iterator in {kept[1]!r}, and running it would move it for good. Verify "

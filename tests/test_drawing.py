@@ -75,6 +75,12 @@ def test_dot_has_every_node_and_every_use(gm: torch.fx.GraphModule, tmp_path: Pa
     assert [edge and edge.groups() for edge in edges] == list(graph.edges(keys=True))
 
 
+def test_a_suffix_in_capitals_is_one(gm: torch.fx.GraphModule, tmp_path: Path) -> None:
+    for name in ("graph.svg", "GRAPH.SVG"):
+        fxreg.draw(gm, tmp_path / name)
+    assert (tmp_path / "GRAPH.SVG").read_bytes() == (tmp_path / "graph.svg").read_bytes()
+
+
 def test_a_graph_without_anything_is_drawn(tmp_path: Path) -> None:
     class Nothing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

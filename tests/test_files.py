@@ -174,6 +174,12 @@ def minimal(name: str) -> Any:
     return registry[name](**arguments)
 
 
+def test_a_suffix_in_capitals_is_one(tmp_path: Path) -> None:
+    rules = [fxreg.Rule(fxreg.l1(0.1))]
+    fxreg.dump_rules(rules, tmp_path / "RULES.JSON")
+    assert fxreg.load_rules(tmp_path / "RULES.JSON") == rules
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
 def test_every_effect_comes_back(name: str, suffix: str, tmp_path: Path) -> None:

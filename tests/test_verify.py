@@ -304,6 +304,16 @@ def test_what_is_emitted_is_accepted_and_said_to_be_verified(model: str, emit: s
     assert "not verified" in str(fxreg.explain(fxreg.transform(original, rules)))
 
 
+def test_a_compiled_model_is_the_model() -> None:
+    model, gm, x = emitted()
+    fxreg.verify(gm, torch.compile(model), (x,))  # type: ignore[arg-type]
+    with torch.no_grad():
+        other = copy.deepcopy(model)
+        other.head.weight.add_(1.0)
+    with pytest.raises(fxreg.VerifyError):
+        fxreg.verify(gm, torch.compile(other), (x,))  # type: ignore[arg-type]
+
+
 def test_verification_leaves_no_trace() -> None:
     model, gm, x = emitted()
     model.head.eval()
