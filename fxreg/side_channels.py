@@ -23,7 +23,7 @@ from .methods import methods_of, only_methods
 from .naming import names_in, names_mentioned
 from .notes import Mention
 from .outside import places
-from .packages import is_library, is_own
+from .packages import is_installed, is_library, is_own
 from .reaching import reach
 from .scanning import (
     changes_containers,
@@ -210,6 +210,8 @@ class Ledger:
         for (reader, path, name), value in self.reads.items():
             yield reader, ".".join(filter(None, (path, name))), value
         for code, space in self.codes.values():
+            if is_installed(space.get("__name__")):  # what packages keep is taken for constant
+                continue
             readers = [path for path in self.modules if id(code) in self._entered.get(path, ())]
             for place in places(code, space) if readers else ():
                 yield from ((path, ".".join((place.module, *place.path)), place.value) for path in readers)
