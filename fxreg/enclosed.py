@@ -1,15 +1,24 @@
 """What functions, objects and dicts carry with them, past what their classes make of it."""
 
 import collections
+import functools
 import io
 import queue
 import types
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator, ValuesView
 from typing import Any
 
 import torch
 
 from .packages import is_foreign
+
+_METHODS = (types.BuiltinMethodType, types.MethodWrapperType)
+HOLDERS = (
+    dict, types.MappingProxyType, ValuesView, list, tuple, set, frozenset, collections.deque, functools.partial,
+    types.FunctionType, types.MethodType, *_METHODS,
+)  # fmt: skip
+"""What is there for what is inside: containers, and functions with what they carry."""
 
 
 def enclosed(function: Callable[..., Any]) -> list[Any]:
@@ -45,6 +54,44 @@ def holds_iterator(value: Any, depth: int = 3) -> bool:
     elif not isinstance(value, types.ModuleType | torch.nn.Module) and not is_foreign(type(value).__module__):
         inner = [*getattr(value, "__dict__", {}).values()]
     return depth > 0 and any(holds_iterator(one, depth - 1) for one in inner)
+
+
+def bound_to(value: Any) -> Any:
+    """The object that a method written in C is bound to; None for what is none, or is a function."""
+    owner = getattr(value, "__self__", None) if isinstance(value, _METHODS) else None
+    return None if isinstance(owner, types.ModuleType | type) else owner
+
+
+def inside(value: Any) -> Iterator[Any]:
+    """What a value refers to, and could be reached through it."""
+    match value:
+        case dict():
+            yield from entries(value).values()
+        case types.MappingProxyType():
+            yield from value.values()
+        case list() | tuple() | set() | frozenset() | collections.deque() | ValuesView():
+            yield from value
+        case functools.partial():
+            yield from (value.func, *value.args, *value.keywords.values())
+        case types.MethodType():
+            yield from (value.__self__, value.__func__)
+        case types.FunctionType():
+            yield from (*enclosed(value), *defaults(value))
+        case staticmethod() | classmethod():
+            yield value.__func__
+        case weakref.ref():
+            yield value()
+        case types.BuiltinMethodType() | types.MethodWrapperType():
+            yield bound_to(value)
+    yield from attributes(value).values()
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """The attributes that an object keeps, in slots as well; none of a class's or a module's, which are everybody's."""
+    if isinstance(value, types.MethodType | types.ModuleType | type):
+        return {}
+    own = getattr(value, "__dict__", None)
+    return {**slotted(value), **(own if isinstance(own, dict) else {})}
 
 
 def entries(value: dict[Any, Any]) -> dict[Any, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .enclosed import enclosed, entries, slotted
+from .enclosed import bound_to, enclosed, entries, slotted
 from .kinds import qualified
 from .packages import is_library
 
@@ -54,12 +54,6 @@ def objects_in(value: Any) -> list[Any]:
     freezing = _Freezing()
     freezing.of(value)
     return freezing.alive
-
-
-def bound_to(value: Any) -> Any:
-    """The object that a method of a type written in C is bound to; None for a function."""
-    owner = getattr(value, "__self__", None) if isinstance(value, NAMED) else None
-    return None if isinstance(owner, types.ModuleType | type) else owner
 
 
 class _Freezing:
@@ -102,7 +96,7 @@ class _Freezing:
         """What is nothing but what it carries."""
         match value:
             case enum.Enum():
-                return (qualified(kind), value.name)
+                return (qualified(kind), value.name, self.of(value._value_))
             case types.FunctionType():
                 return self._function(value)
             case types.CodeType():
@@ -155,7 +149,7 @@ class _Freezing:
             content = value.tolist() if value.dtype.hasobject else value.tobytes()
             return (str(value.dtype), value.shape, self.of(content))
         if hasattr(kind, "__members__"):  # an enumeration of C++
-            return (value.name,)
+            return (getattr(value, "name", None),)
         if base := next((base for base in _BASES if issubclass(kind, base)), None):
             return tuple(base.__getnewargs__(value))
         if kind is memoryview:

@@ -1,7 +1,5 @@
 """Finding parameters that a model also reaches past their registered names, where a substitute would be missed."""
 
-import collections
-import functools
 import types
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .enclosed import defaults, enclosed, slotted
+from .enclosed import inside
 from .naming import names_in
 from .scanning import functions_of
 
@@ -74,23 +72,3 @@ def reached(module: nn.Module) -> set[nn.Module]:
                 found.add(value)
             waiting += inside(value)
     return found
-
-
-def inside(value: Any) -> Iterator[Any]:
-    """What a value refers to, and could be reached through it."""
-    match value:
-        case dict():
-            yield from value.values()
-        case list() | tuple() | set() | frozenset() | collections.deque():
-            yield from value
-        case functools.partial():
-            yield from (value.func, *value.args, *value.keywords.values())
-        case types.MethodType():
-            yield from (value.__self__, value.__func__)
-        case types.FunctionType():
-            yield from (*enclosed(value), *defaults(value))
-        case nn.Module():
-            yield from vars(value).values()
-        case _:
-            yield from slotted(value).values()
-            yield from vars(value).values() if isinstance(getattr(value, "__dict__", None), dict) else ()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-from .enclosed import defaults, enclosed
+from .enclosed import HOLDERS, inside
 from .freezing import frozen, objects_in
 from .naming import names_in_code, names_in_text, names_mentioned
 from .packages import is_foreign, is_installed, is_library, is_own
@@ -226,18 +226,9 @@ def _got_by(values: Iterable[Any]) -> set[str]:
     names, met, waiting = set[str](), set[int](), [*values]
     while waiting:
         value = waiting.pop()
-        if id(value) in met:
-            continue
-        met.add(id(value))
-        match value:
-            case operator.attrgetter():
+        if id(value) not in met:
+            met.add(id(value))
+            if isinstance(value, operator.attrgetter):
                 names.update(*map(names_in_text, value.__reduce__()[1]))
-            case types.FunctionType():
-                waiting += (*enclosed(value), *defaults(value))
-            case partial():
-                waiting += (value.func, *value.args, *value.keywords.values())
-            case list() | tuple():
-                waiting += value
-            case dict():
-                waiting += dict.values(value)
+            waiting += inside(value) if isinstance(value, HOLDERS) else ()
     return names

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
 from .calls import unpack
-from .hidden_uses import inside
+from .enclosed import inside
 
 _MAY_BE_NONE = {"grad", "grad_fn", "_grad", "_grad_fn", "_base", "_backward_hooks", "_post_accumulate_grad_hooks"}
 

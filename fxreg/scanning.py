@@ -296,9 +296,9 @@ def _changed_elsewhere(code: types.CodeType, space: dict[str, Any], kept: Iterab
         kept: what it closes over, if that is known.
     """
     filled = names_in_code(code).filled
-    for place in places(code, space):
-        is_own_object = is_own(type(place.value).__module__) and _has_attributes(place.value)
-        if isinstance(place.value, _MUTABLE) or (is_own_object and place.path in {(name,) for name in filled}):
+    for _, path, value in places(code, space):
+        is_filled = len(path) == 1 and path[0] in filled and is_own(type(value).__module__) and _has_attributes(value)
+        if is_filled or isinstance(value, _MUTABLE):
             return "changes a global container"
     free = filled.intersection(code.co_freevars) if kept is None else any(isinstance(one, _MUTABLE) for one in kept)
     return "changes a container of an enclosing function" if free else None

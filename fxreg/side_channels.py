@@ -5,7 +5,6 @@ with hooks of the user's own, writes them: whoever reads them must then run as i
 """
 
 import contextlib
-import functools
 import itertools
 import operator
 import re
@@ -16,14 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .enclosed import defaults, enclosed, slotted
-from .freezing import bound_to
+from .enclosed import HOLDERS, attributes, inside
 from .mentions import asked
 from .methods import methods_of, only_methods
 from .naming import names_in, names_mentioned
 from .notes import Mention
 from .outside import places
-from .packages import is_installed, is_library, is_own
+from .packages import is_installed, is_library
 from .reaching import reach
 from .scanning import (
     changes_containers,
@@ -275,26 +273,15 @@ def _changeable(value: Any, said: frozenset[str]) -> Iterator[Any]:
     waiting, met = [value], dict[int, Any]()
     while waiting:
         one = waiting.pop()
-        if type(one) in _VALUES or id(one) in met:
+        if type(one) in _VALUES or isinstance(one, nn.Module) or id(one) in met:
             continue
         met[id(one)] = one
         yield one
-        match one:
-            case dict():
-                waiting += dict.values(one)
-            case list() | tuple() | set():
-                waiting += one
-            case types.FunctionType():
-                waiting += (*enclosed(one), *defaults(one))
-            case functools.partial():
-                waiting += (one.func, *one.args, *one.keywords.values())
-            case types.MethodType():
-                waiting += (one.__func__, one.__self__)
-            case types.BuiltinMethodType() | types.MethodWrapperType():
-                waiting += (bound_to(one),)
-            case _ if is_own(type(one).__module__) and not isinstance(one, nn.Module | types.ModuleType | type):
-                kept = {**slotted(one), **getattr(one, "__dict__", {})}
-                waiting += (kept[name] for name in said & kept.keys())
+        if isinstance(one, HOLDERS):
+            waiting += inside(one)
+        elif not is_installed(type(one).__module__):
+            kept = attributes(one)
+            waiting += (kept[name] for name in said & kept.keys())
 
 
 def _is_inert(module: nn.Module) -> bool:

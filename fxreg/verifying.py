@@ -61,13 +61,17 @@ def verify(gm: nn.Module, model: nn.Module | ExportedProgram, example_inputs: Ex
     if isinstance(state.model, ExportedModule):
         args, kwargs = state.model.exported_inputs.arranged(args, kwargs)
         modes = (state.model.training,)
-    model = model.module() if isinstance(model, ExportedProgram) else uncompiled(model)
+    if isinstance(model, ExportedProgram):
+        model = model.module()
+    names = [n for n, _ in inner.named_parameters()]
+    if names != [n for n, _ in model.named_parameters()]:  # unless it is what was transformed, compiled as it was
+        inside: nn.Module = uncompiled(model)
+        model = inside
     if kept := iterator_kept(model):
         raise VerifyError(
             f"{kept[0] or 'the model'} keeps an iterator in {kept[1]!r}, and running it would move it for good. Verify "
             "without it, or leave out example_inputs."
         )
-    names = [n for n, _ in inner.named_parameters()]
     if names != [n for n, _ in model.named_parameters()]:
         raise VerifyError("the emitted module's parameters are not the model's, by name and order.")
     for (name, own), original in zip(inner.named_parameters(), model.parameters(), strict=True):

@@ -1,6 +1,5 @@
 """Seeing quickly that a value is as it was: what it is made of is compared by identity, which takes next to no time."""
 
-import enum
 import functools
 import operator
 import types
@@ -10,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .enclosed import entries, slots
-from .freezing import NAMED, SCALARS, bound_to, frozen
+from .enclosed import bound_to, entries, slots
+from .freezing import NAMED, SCALARS, frozen
 from .structure import alike
 
-_LEAVES = (*NAMED, Tensor, nn.Module, fx.Graph, enum.Enum, types.CodeType, range)
+_LEAVES = (*NAMED, Tensor, nn.Module, fx.Graph, types.CodeType, range)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 
 

@@ -2069,6 +2069,17 @@ class PartialParameter(Net):
         return self.scale(self.fc(x)) if self.training else self.fc(x)
 
 
+@case("a parameter in a weak reference", hides="it would be used untransformed from there")
+class WeakParameter(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weak = weakref.ref(self.w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weak()
+        return self.fc(x) * w if self.training and w is not None else self.fc(x)
+
+
 @case("a parameter kept by a plain object", hides="it would be used untransformed from there")
 class HeldParameter(Net):
     def __init__(self) -> None:

@@ -335,6 +335,31 @@ def test_a_gradient_transform_holds_or_is_refused(name: str) -> None:
     assert_equals(observe(case, gm, model, probe, fxreg.FxregError), expected(name, 0.0, 0.5), allowed)
 
 
+class BoundParameter(nn.Module):
+    """Keeps a method of a parameter's, which is written in C: Dynamo fails on it, so this is in no table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.w = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+        self.scale = self.w.mul
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.fc(x)) if x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("examples", [None, (torch.ones(2, 3),)])
+def test_a_parameters_method_is_a_way_past_its_name(examples: Any) -> None:
+    model = BoundParameter()
+    with pytest.raises(fxreg.CaptureError, match="'w', but that parameter is also held in the attribute 'scale'"):
+        fxreg.transform(model, fxreg.Rule(fxreg.clip_value(0.01)), example_inputs=examples)
+    fxreg.transform(model, fxreg.Rule(fxreg.l1(0.1)), example_inputs=examples)(torch.ones(2, 3)).sum().backward()
+    reference = BoundParameter()
+    reference.load_state_dict(model.state_dict())
+    (reference(torch.ones(2, 3)).sum() + 0.1 * sum(p.abs().sum() for p in reference.parameters())).backward()
+    for one, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 @pytest.mark.parametrize("name", ["SavedTensorsByHand", "DispatchModeOnStack", "DefaultDtype"])
 @pytest.mark.parametrize("examples", [False, True], ids=["", "verified"])
 def test_what_a_trace_breaks_off_in_the_middle_of_is_put_back(name: str, examples: bool) -> None:

@@ -43,6 +43,10 @@ class Bits(enum.Flag):
     TWO = 2
 
 
+class Open(enum.IntFlag, boundary=enum.KEEP):
+    ONE = 1
+
+
 class Text(str):
     __slots__ = ()
 
@@ -127,6 +131,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "NumPy's array": (np.zeros(2), np.ones(2)),
     "NumPy's array of objects": (np.array([1, "a"], dtype=object), np.array([2, "a"], dtype=object)),
     "enum": (Color.RED, Color.BLUE),
+    "flag without a name": (Open(8), Open(16)),
     "flag": (Bits.ONE, Bits.ONE | Bits.TWO),
     "subclass of str": (Text("a"), Text("b")),
     "subclass of int": (Number(1), Number(2)),
@@ -200,6 +205,16 @@ def test_of_random_generators_only_the_type_counts(make: Callable[[], Any], move
     then = frozen(one)
     move(one)
     assert alike(frozen(one), then)
+
+
+def test_a_class_may_have_members_of_its_own() -> None:
+    class Club:
+        __members__ = ("a",)
+
+        def __init__(self, n: int) -> None:
+            self.n = n
+
+    assert not alike(frozen(Club(1)), frozen(Club(2)))
 
 
 def test_what_leads_to_itself_ends() -> None:

@@ -1,6 +1,8 @@
 """What a module that runs as it is writes, and a traced one reads: however either gets there, nobody is misled."""
 
 import itertools
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -371,3 +373,44 @@ def test_a_global_function_is_not_the_attribute_of_its_name() -> None:
 
     assert not fxreg.explain(fxreg.transform(Shifted(), L1)).opaque
     assert "shift writes the attribute 'grad'" in fxreg.explain(fxreg.transform(Cleared(), L1)).opaque[""]
+
+
+PACKAGE = """
+import random
+
+REGISTRY = {"k": 2.0}
+
+class Filling(Layer):
+    def forward(self, x):
+        found = []
+        found.append(REGISTRY["k"])
+        return self.fc(x) if random.random() < 2.0 else x * found[0]
+
+class Reading(Layer):
+    def forward(self, x):
+        return self.fc(x) * REGISTRY["k"]
+"""
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+@pytest.mark.parametrize(("folder", "opaque"), [("site-packages", {"0"}), ("src", {"0", "1"})])
+def test_what_a_package_keeps_is_constant(
+    folder: str, opaque: set[str], examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads it beside what runs as it is, and names it too, is in the graph; not so with the user's own."""
+    package = types.ModuleType("a_package")
+    package.__file__ = f"/{folder}/a_package.py"
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    vars(package)["Layer"] = Layer
+    exec(compile(PACKAGE, package.__name__, "exec"), vars(package))
+    model = nn.Sequential(package.Filling(), package.Reading())
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    assert {*fxreg.explain(gm).opaque} == opaque
+    for x in (ROW, -ROW):
+        torch.testing.assert_close(gm(x), model(x), rtol=0, atol=0)
