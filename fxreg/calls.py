@@ -5,7 +5,7 @@ re-tracing keep as a node (`is_wrapped`), and none of them has a backward of its
 """
 
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -171,8 +171,11 @@ class _Apart(threading.local):
 apart = _Apart()
 
 
-def attach(output: Any, penalties: list[Tensor], scale: Tensor) -> Any:
-    """The output, unchanged; the backward pass through any of its tensors also reaches the penalties, once."""
+def attach(output: Any, penalties: list[Tensor], scale: Tensor, given: Sequence[Any] = ()) -> Any:
+    """The output, unchanged; the backward pass through any of its tensors also reaches the penalties, once.
+
+    `given` is what the model was called with, as far as the output may be part of it.
+    """
     if apart.zero is not None or not torch.is_grad_enabled() or not any(map(_is_followed, penalties)):
         return output
     live: list[Tensor] = []  # compared one by one: Dynamo either refuses an id or compiles anew for each
@@ -184,7 +187,8 @@ def attach(output: Any, penalties: list[Tensor], scale: Tensor) -> Any:
             f"emit='backward': the model returned {type(output).__name__} without a differentiable tensor, so the "
             "penalties' gradient has no way back. Call it under torch.no_grad(), or use emit='output'."
         )
-    attached = _attached(live, penalties, scale)
+    inputs = [one for one in pytree.tree_leaves(given) if isinstance(one, Tensor)] if given else []
+    attached = _attached(live, penalties, scale, inputs)
 
     def replaced(tensor: Tensor) -> Tensor:
         for old, new in zip(live, attached, strict=True):
@@ -204,7 +208,7 @@ def _is_followed(tensor: Tensor) -> bool:
     return tensor.requires_grad
 
 
-def _attached(outputs: list[Tensor], penalties: list[Tensor], scale: Tensor) -> list[Tensor]:
+def _attached(outputs: list[Tensor], penalties: list[Tensor], scale: Tensor, given: list[Tensor]) -> list[Tensor]:
     """The outputs with the penalties behind them; inside `torch.vmap`, where autograd is: one level below."""
     if _are_functorch_transforms_active():
         if torch.compiler.is_compiling():
@@ -215,14 +219,15 @@ def _attached(outputs: list[Tensor], penalties: list[Tensor], scale: Tensor) -> 
                 )
         elif (level := retrieve_current_functorch_interpreter()).key() == TransformType.Vmap:
             below = [_unwrap_batched(one, level.level()) for one in (*outputs, *penalties)]
+            before = [_unwrap_batched(one, level.level())[0] for one in given]
             with level.lower():
                 terms = [one.sum() for one, _ in below[len(outputs) :]]  # each sample, or model, has its own
-                found = _attached([one for one, _ in below[: len(outputs)]], terms, scale)
+                found = _attached([one for one, _ in below[: len(outputs)]], terms, scale, before)
             return [
                 one if place is None else _add_batch_dim(one, place, level.level())
                 for one, (_, place) in zip(found, below, strict=False)
             ]
-    result: list[Tensor] = _attach_operator(outputs, penalties, scale)
+    result: list[Tensor] = _attach_operator(outputs, penalties, scale, given)
     return result
 
 

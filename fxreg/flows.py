@@ -1,7 +1,7 @@
 """What flows where in a captured graph: what calls are, which uses a value has, and what reaches the output."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import networkx as nx
@@ -23,6 +23,13 @@ _VIEWS = {
     "getitem", "select", "narrow", "slice", "split", "chunk", "tensor_split", "unbind", "expand", "expand_as", "detach",
     "diagonal", "unfold", "as_strided", "real", "imag", "H", "mH", "data",
 }  # fmt: skip
+_MAKERS = {
+    "sub", "truediv", "div", "matmul", "mm", "bmm", "addmm", "linear", "relu", "gelu", "silu", "tanh", "sigmoid",
+    "softmax", "log_softmax", "mean", "sum", "layer_norm", "clone",
+}  # fmt: skip
+"""What always makes something new."""
+_JOINS = {"add", "mul"}
+"""What does so with tensors: tuples that are joined have the same parts."""
 _RESHAPING_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten)
 _PASSING = (calls.expect_tensor, calls.expect_some, calls.expect_like)
 _CHECKS = (
@@ -167,6 +174,33 @@ def _is_view(model: nn.Module, node: fx.Node, value: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return any(one.alias_info is not None for one in node.target._schema.returns)
     return called(node) in _VIEWS or is_reshape(model, node, value) or writes(model, node)
+
+
+def handed_on(model: nn.Module, values: Iterable[fx.Node]) -> list[fx.Node]:
+    """The inputs of which values may be a part, or be in the memory: all that lead to them, but through what is known
+    to make something new."""
+    found, waiting = dict[fx.Node, None](), [*values]
+    while waiting:
+        value = waiting.pop()
+        if value not in found and not _is_new(model, value):
+            found[value] = None
+            waiting += value.all_input_nodes
+    return sorted(value for value in found if value.op == "placeholder")
+
+
+def _is_new(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a call is known to give memory of its own."""
+    if called(node) in _JOINS and not writes(model, node):
+        return any(_is_made(model, operand) for operand in node.all_input_nodes if operand in node.args)
+    return _is_made(model, node)
+
+
+def _is_made(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a layer or function is known to give a tensor, or tensors, that it makes."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        return is_plain_layer(module) and bool(module._parameters)
+    return called(node) in _MAKERS and not writes(model, node)
 
 
 def _is_pure(model: nn.Module, node: fx.Node) -> bool:

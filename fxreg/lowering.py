@@ -11,6 +11,7 @@ from . import calls, operators, penalty_calls
 from .captured import Captured
 from .effects import Gradient, Penalty
 from .errors import CaptureError
+from .flows import handed_on
 from .hidden_uses import asks_for_parameters, hidden_uses
 from .inserting import Insertion
 from .module import CHILD, RegularizedModule, located
@@ -227,10 +228,11 @@ class _Lowering(Insertion):
             return node
 
         fx.map_arg(result, find)
-        scale = self.read("", "loss_scale")
+        given = handed_on(self.model, parts)
+        more = (terms, self.read("", "loss_scale"), *([given] if given else ()))
         if not makers:
-            return self.insert("", "call_function", calls.attach, (result, terms, scale))
-        attached = self.insert("", "call_function", calls.attach, (list(parts), terms, scale))
+            return self.insert("", "call_function", calls.attach, (result, *more))
+        attached = self.insert("", "call_function", calls.attach, (list(parts), *more))
         new = {p: self.insert("", "call_function", operator.getitem, (attached, i)) for i, p in enumerate(parts)}
         for maker in dict.fromkeys(makers):
             new[maker] = self.graph.node_copy(maker, lambda node: new.get(node, node))

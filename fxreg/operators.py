@@ -1,6 +1,7 @@
 """What the operators of emitted graphs do: autograd functions that add, transform and attach gradients, and how numbers
 are kept while they do."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -103,8 +104,8 @@ class _Attach(_SingleLevelFunction):
 
     @staticmethod
     def forward(shared: bool, output: Tensor, source: Tensor) -> Tensor:
-        # detach, not view_as: a caller may write into what it got. Not so where two outputs share memory: autograd
-        # would not see the write in the other one, and raises for view_as.
+        # detach, not view_as: a caller may write into what it got. Not so where two outputs share memory, or one with
+        # what was given: autograd would not see the write in the other one, and raises for view_as.
         return output.view_as(output) if shared else output.detach()
 
     @staticmethod
@@ -287,14 +288,31 @@ def _drawn(stream: Tensor) -> Tensor:
     return stream.clone()
 
 
-def _attach(outputs: Sequence[Tensor], penalties: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
-    bases = [output if output._base is None else output._base for output in outputs]
-    numbers = [*map(id, bases)]
+def _attach(
+    outputs: Sequence[Tensor], penalties: Sequence[Tensor], scale: Tensor, given: Sequence[Tensor]
+) -> list[Tensor]:
     # A parameter, or a view of one: autograd raises for a write into it, which detached it would go through.
     is_eager = TracingContext.try_get() is None and not _are_functorch_transforms_active()
-    aliased = [numbers.count(id(base)) > 1 or (is_eager and base.is_leaf) for base in bases]
+    aliased = [is_eager and _base(output).is_leaf for output in outputs]
+    if len(outputs) + len(given) > 1:  # what follows costs as much as a small layer
+        places = [*map(_memory, outputs)]
+        counts = Counter(place for one in (*places, *map(_memory, given)) for place in one)
+        aliased = [one or any(counts[p] > 1 for p in place) for one, place in zip(aliased, places, strict=True)]
     source = _apply(_Source, _now(scale).reshape(()), *penalties)
     return [_apply(_Attach, shared, output, source) for shared, output in zip(aliased, outputs, strict=True)]
+
+
+def _base(tensor: Tensor) -> Tensor:
+    return tensor if tensor._base is None else tensor._base
+
+
+def _memory(tensor: Tensor) -> list[Any]:
+    """What two tensors have in common that share memory: whose view they are. AOTAutograd makes each input of a graph a
+    tensor of its own; there, the memory of what that stands for."""
+    found: list[Any] = [id(_base(tensor))]
+    if type(tensor) is FunctionalTensor and torch._C._has_storage(inner := torch._from_functional_tensor(tensor.elem)):
+        found.append(("storage", inner.untyped_storage()._cdata))
+    return found
 
 
 def _total(penalties: Sequence[Tensor]) -> Tensor:
@@ -304,6 +322,7 @@ def _total(penalties: Sequence[Tensor]) -> Tensor:
     return total
 
 
-attach = define("attach", Fingerprint(), "(Tensor[] outputs, Tensor[] penalties, Tensor scale) -> Tensor[]", _attach)
+_ATTACH = "(Tensor[] outputs, Tensor[] penalties, Tensor scale, Tensor[] given) -> Tensor[]"
+attach = define("attach", Fingerprint(), _ATTACH, _attach)
 total = define("total", Fingerprint(), "(Tensor[] penalties) -> Tensor", _total, _total)
 drawn = define("drawn", Fingerprint(), "(Tensor(a!) stream) -> Tensor", _drawn)

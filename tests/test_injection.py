@@ -934,11 +934,17 @@ def test_a_caller_may_write_into_an_output(write: Callable[[Tensor], Any], opaqu
     assert_gradients(model, gradients(plain))
 
 
-@pytest.mark.parametrize("opaque", [False, True], ids=["traced", "opaque"])
-def test_a_write_into_an_output_that_shares_memory_with_another_raises(opaque: bool) -> None:
+@pytest.mark.parametrize(
+    ("opaque", "compiled"),
+    [(False, False), (True, False), pytest.param(True, True, marks=pytest.mark.slow)],
+    ids=["traced", "opaque", "opaque and compiled"],  # compiled where all is in one graph, autograd sees it
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's doing
+def test_a_write_into_an_output_that_shares_memory_with_another_raises(opaque: bool, compiled: bool) -> None:
     # Autograd would not see the write in the other one, and the gradient would be silently wrong.
-    model = packing(STRUCTURES["views of one tensor"], opaque)
-    whole, row, _ = fxreg.transform(model, fxreg.Rule(fxreg.l1(STRENGTH)))(X)
+    gm = fxreg.transform(packing(STRUCTURES["views of one tensor"], opaque), fxreg.Rule(fxreg.l1(STRENGTH)))
+    call: Any = torch.compile(gm, backend="aot_eager") if compiled else gm
+    whole, row, _ = call(X)
     with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
         whole.mul_(3)
     with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
@@ -960,6 +966,64 @@ def test_a_write_into_a_parameter_that_is_an_output_raises_as_it_does_without_ru
         with pytest.raises(RuntimeError, match=r"a leaf Variable that requires grad|is being modified inplace"):
             module(torch.ones(3))[1].mul_(2)
         assert torch.equal(model.weight, torch.ones(3))
+
+
+HANDED_ON: dict[str, Callable[[Tensor, nn.Module], Any]] = {
+    "itself": lambda x, layer: (x, layer(x)),
+    "a view": lambda x, layer: (x.view(-1), layer(x)),
+    "a part": lambda x, layer: (x[:1], layer(x)),
+    "deep inside": lambda x, layer: ({"kept": [x]}, layer(x)),
+    "alone": lambda x, layer: (x.view(-1),),
+    "by a tuple": lambda x, layer: (x,) + (layer(x),),
+}
+
+
+class HandingOn(nn.Module):
+    def __init__(self, how: Callable[[Tensor, nn.Module], Any], opaque: bool) -> None:
+        super().__init__()
+        self.layer, self.how, self.opaque = nn.Linear(3, 3), how, opaque
+
+    def forward(self, x: Tensor) -> Any:
+        if self.opaque and x.sum() > 1e9:
+            return ()
+        return self.how(x, self.layer)
+
+
+@pytest.mark.parametrize("how", HANDED_ON.values(), ids=HANDED_ON)
+@pytest.mark.parametrize("opaque", [False, True], ids=["traced", "opaque"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's doing
+def test_a_write_into_an_output_that_was_given_raises(how: Any, opaque: bool, compiled: bool) -> None:
+    """What else the caller makes of its tensor would have a gradient as if nothing had been written."""
+    gm = fxreg.transform(HandingOn(how, opaque), fxreg.Rule(fxreg.l1(STRENGTH)))
+    call: Any = torch.compile(gm, backend="aot_eager") if compiled else gm
+    given = torch.ones(2, 3, requires_grad=True) * 2
+    first = pytree.tree_leaves(call(given))[0]
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        first.mul_(3)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.0), nn.ReLU(inplace=True)], ids=["dropout", "in place"])
+def test_so_does_one_into_what_a_layer_handed_on(layer: nn.Module) -> None:
+    """Compiled, dropout copies, also where it drops nothing."""
+    gm = fxreg.transform(HandingOn(lambda x, linear: (layer(x), linear(x)), False), fxreg.Rule(fxreg.l1(STRENGTH)))
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        gm(torch.ones(2, 3, requires_grad=True) * 2)[0].mul_(3)
+
+
+def test_what_was_given_is_asked_only_where_an_output_may_be_part_of_it() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return x + self.layer(x), self.layer(x) - x, (x, self.layer(x))[1] * x
+
+    first, second, third = fxreg.transform(Residual(), fxreg.Rule(fxreg.l1(STRENGTH)))(torch.ones(2, 3))
+    for output in (first, second, third):
+        output.mul_(2)
+    (first + second + third).sum().backward()
 
 
 # What compiled code reaches, and what an optimizer makes of the loss.
