@@ -293,7 +293,7 @@ def _attach(
 ) -> list[Tensor]:
     # A parameter, or a view of one: autograd raises for a write into it, which detached it would go through.
     is_eager = TracingContext.try_get() is None and not _are_functorch_transforms_active()
-    aliased = [is_eager and _base(output).is_leaf for output in outputs]
+    aliased = [(is_eager and _base(output).is_leaf) or _stands_for_parameter(output) for output in outputs]
     if len(outputs) + len(given) > 1:  # what follows costs as much as a small layer
         places = [*map(_memory, outputs)]
         counts = Counter(place for one in (*places, *map(_memory, given)) for place in one)
@@ -313,6 +313,14 @@ def _memory(tensor: Tensor) -> list[Any]:
     if type(tensor) is FunctionalTensor and torch._C._has_storage(inner := torch._from_functional_tensor(tensor.elem)):
         found.append(("storage", inner.untyped_storage()._cdata))
     return found
+
+
+def _stands_for_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor in what AOTAutograd traces is a parameter, or a view of one."""
+    base = _base(tensor)
+    if type(base) is not FunctionalTensor:
+        return False
+    return isinstance(_base(torch._from_functional_tensor(base.elem)), torch.nn.Parameter)
 
 
 def _total(penalties: Sequence[Tensor]) -> Tensor:

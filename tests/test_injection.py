@@ -952,7 +952,8 @@ def test_a_write_into_an_output_that_shares_memory_with_another_raises(opaque: b
 
 
 @pytest.mark.parametrize("how", [lambda weight: weight, lambda weight: weight.view(-1)[1:]], ids=["itself", "a view"])
-def test_a_write_into_a_parameter_that_is_an_output_raises_as_it_does_without_rules(how: Any) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_a_write_into_a_parameter_that_is_an_output_raises_as_it_does_without_rules(how: Any, compiled: bool) -> None:
     class Giving(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -963,8 +964,9 @@ def test_a_write_into_a_parameter_that_is_an_output_raises_as_it_does_without_ru
 
     model = Giving()
     for module in (model, fxreg.transform(model, fxreg.Rule(fxreg.l1(STRENGTH)))):
+        call: Any = torch.compile(module, backend="aot_eager") if compiled else module
         with pytest.raises(RuntimeError, match=r"a leaf Variable that requires grad|is being modified inplace"):
-            module(torch.ones(3))[1].mul_(2)
+            call(torch.ones(3))[1].mul_(2)
         assert torch.equal(model.weight, torch.ones(3))
 
 
