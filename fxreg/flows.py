@@ -24,12 +24,10 @@ _VIEWS = {
     "diagonal", "unfold", "as_strided", "real", "imag", "H", "mH", "data",
 }  # fmt: skip
 _MAKERS = {
-    "sub", "truediv", "div", "matmul", "mm", "bmm", "addmm", "linear", "relu", "gelu", "silu", "tanh", "sigmoid",
+    "add", "sub", "mul", "div", "matmul", "mm", "bmm", "addmm", "linear", "relu", "gelu", "silu", "tanh", "sigmoid",
     "softmax", "log_softmax", "mean", "sum", "layer_norm", "clone",
 }  # fmt: skip
-"""What always makes something new."""
-_JOINS = {"add", "mul"}
-"""What does so with tensors: tuples that are joined have the same parts."""
+"""Functions of torch's that always make something new."""
 _RESHAPING_LAYERS = (nn.Identity, nn.Flatten, nn.Unflatten)
 _PASSING = (calls.expect_tensor, calls.expect_some, calls.expect_like)
 _CHECKS = (
@@ -179,28 +177,26 @@ def _is_view(model: nn.Module, node: fx.Node, value: fx.Node) -> bool:
 def handed_on(model: nn.Module, values: Iterable[fx.Node]) -> list[fx.Node]:
     """The inputs of which values may be a part, or be in the memory: all that lead to them, but through what is known
     to make something new."""
-    found, waiting = dict[fx.Node, None](), [*values]
+    found, waiting = set[fx.Node](), [*values]
     while waiting:
         value = waiting.pop()
         if value not in found and not _is_new(model, value):
-            found[value] = None
+            found.add(value)
             waiting += value.all_input_nodes
     return sorted(value for value in found if value.op == "placeholder")
 
 
 def _is_new(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a call is known to give memory of its own."""
-    if called(node) in _JOINS and not writes(model, node):
-        return any(_is_made(model, operand) for operand in node.all_input_nodes if operand in node.args)
-    return _is_made(model, node)
+    """Whether a call is known to give memory of its own.
 
-
-def _is_made(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a layer or function is known to give a tensor, or tensors, that it makes."""
+    Methods and operators are not: they may be those of tuples, which are joined as they are, or of objects.
+    """
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
         return is_plain_layer(module) and bool(module._parameters)
-    return called(node) in _MAKERS and not writes(model, node)
+    if called(node) not in _MAKERS or node.op == "call_method" or writes(model, node):
+        return False
+    return isinstance(node.target, torch._ops.OpOverload) or node.target.__module__.partition(".")[0] == "torch"
 
 
 def _is_pure(model: nn.Module, node: fx.Node) -> bool:

@@ -105,8 +105,9 @@ class _Attach(_SingleLevelFunction):
     @staticmethod
     def forward(shared: bool, output: Tensor, source: Tensor) -> Tensor:
         # detach, not view_as: a caller may write into what it got. Not so where two outputs share memory, or one with
-        # what was given: autograd would not see the write in the other one, and raises for view_as.
-        return output.view_as(output) if shared else output.detach()
+        # what was given: autograd would not see the write in the other one, and raises for view_as. Sparse tensors have
+        # no views.
+        return output.view_as(output) if shared and output.layout is torch.strided else output.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -293,7 +294,7 @@ def _attach(
 ) -> list[Tensor]:
     # A parameter, or a view of one: autograd raises for a write into it, which detached it would go through.
     is_eager = TracingContext.try_get() is None and not _are_functorch_transforms_active()
-    aliased = [(is_eager and _base(output).is_leaf) or _stands_for_parameter(output) for output in outputs]
+    aliased = [(is_eager and base.is_leaf) or _is_parameter(base) for base in map(_base, outputs)]
     if len(outputs) + len(given) > 1:  # what follows costs as much as a small layer
         places = [*map(_memory, outputs)]
         counts = Counter(place for one in (*places, *map(_memory, given)) for place in one)
@@ -310,17 +311,19 @@ def _memory(tensor: Tensor) -> list[Any]:
     """What two tensors have in common that share memory: whose view they are. AOTAutograd makes each input of a graph a
     tensor of its own; there, the memory of what that stands for."""
     found: list[Any] = [id(_base(tensor))]
-    if type(tensor) is FunctionalTensor and torch._C._has_storage(inner := torch._from_functional_tensor(tensor.elem)):
-        found.append(("storage", inner.untyped_storage()._cdata))
+    if (meant := _meant(tensor)) is not tensor and torch._C._has_storage(meant):
+        found.append(("storage", meant.untyped_storage()._cdata))
     return found
 
 
-def _stands_for_parameter(tensor: Tensor) -> bool:
-    """Whether a tensor in what AOTAutograd traces is a parameter, or a view of one."""
-    base = _base(tensor)
-    if type(base) is not FunctionalTensor:
-        return False
-    return isinstance(_base(torch._from_functional_tensor(base.elem)), torch.nn.Parameter)
+def _is_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter, or stands for one or for a view of one."""
+    return isinstance(_base(_meant(tensor)), torch.nn.Parameter)
+
+
+def _meant(tensor: Tensor) -> Tensor:
+    """What a tensor stands for in what AOTAutograd traces; elsewhere itself."""
+    return torch._from_functional_tensor(tensor.elem) if type(tensor) is FunctionalTensor else tensor
 
 
 def _total(penalties: Sequence[Tensor]) -> Tensor:

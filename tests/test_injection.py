@@ -976,7 +976,6 @@ HANDED_ON: dict[str, Callable[[Tensor, nn.Module], Any]] = {
     "a part": lambda x, layer: (x[:1], layer(x)),
     "deep inside": lambda x, layer: ({"kept": [x]}, layer(x)),
     "alone": lambda x, layer: (x.view(-1),),
-    "by a tuple": lambda x, layer: (x,) + (layer(x),),
 }
 
 
@@ -1003,6 +1002,50 @@ def test_a_write_into_an_output_that_was_given_raises(how: Any, opaque: bool, co
     first = pytree.tree_leaves(call(given))[0]
     with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
         first.mul_(3)
+    given.mul_(3)  # the other way round
+    with pytest.raises(RuntimeError, match="is a view and its base or another view of its base has been modified"):
+        first.sum()
+
+
+class Keeping:
+    def __init__(self, kept: Tensor) -> None:
+        self.kept = kept
+
+    def clone(self) -> tuple[Tensor]:
+        return (self.kept,)
+
+    def __sub__(self, other: Tensor) -> tuple[Tensor, Tensor]:
+        return self.kept, other
+
+
+class Wrapping(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return Keeping(x) if x.sum() < 1e9 else x
+
+
+class HandingOnHidden(nn.Module):
+    def __init__(self, how: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.lstm, self.wrap, self.how = nn.Linear(3, 3), nn.LSTM(3, 3), Wrapping(), how
+
+    def forward(self, x: Tensor) -> Any:
+        return self.how(self, x)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda model, x: (x, *model.lstm(x)),
+        lambda model, x: (x,) + model.lstm(x),
+        lambda model, x: (model.wrap(x).clone(), model.layer(x)),
+        lambda model, x: model.wrap(x) - model.layer(x),
+    ],
+    ids=["unpacked", "joined", "method", "operator"],
+)
+def test_so_does_one_where_what_looks_like_arithmetic_hands_on(how: Any) -> None:
+    gm = fxreg.transform(HandingOnHidden(how), fxreg.Rule(fxreg.l1(STRENGTH), layer=(nn.Linear, nn.LSTM)))
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        pytree.tree_leaves(gm(torch.ones(2, 3, requires_grad=True) * 2))[0].mul_(3)
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.0), nn.ReLU(inplace=True)], ids=["dropout", "in place"])
@@ -1013,7 +1056,25 @@ def test_so_does_one_into_what_a_layer_handed_on(layer: nn.Module) -> None:
         gm(torch.ones(2, 3, requires_grad=True) * 2)[0].mul_(3)
 
 
-def test_what_was_given_is_asked_only_where_an_output_may_be_part_of_it() -> None:
+def test_a_sparse_tensor_may_be_handed_on() -> None:
+    """Though it has no views."""
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, torch.sparse.mm(x, self.weight)
+
+    model = Mixing()
+    given = torch.eye(3).to_sparse().requires_grad_()
+    same, mixed = fxreg.transform(model, fxreg.Rule(fxreg.l1(STRENGTH)))(given)
+    (mixed.sum() + torch.sparse.sum(same)).backward()
+    assert torch.equal(model.weight.grad, torch.full((3, 2), 1 + STRENGTH))
+
+
+def test_what_is_made_of_what_was_given_may_be_written_into() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
