@@ -25,6 +25,10 @@ from .test_stepping import WAITS
 
 CPU = torch.device("cpu")
 GPUS = [torch.device("cuda")] if torch.cuda.is_available() else []
+pytestmark = [  # what torch says on a GPU of itself, and of what a user might want
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32 matrix mult:UserWarning"),
+]
 COMPILERS: dict[str, dict[str, Any]] = {
     "eager": {},
     "compiled": {"backend": "aot_eager"},
