@@ -43,8 +43,9 @@ def call_model(
 
 
 def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a module with some of its parameters replaced, ties included."""
-    if not substitutes:
+    """Call a module with some of its parameters replaced, ties included; where nothing has a gradient, with its own, as
+    a stand-in says there that it has none, which a forward may ask for."""
+    if not substitutes or not torch.is_grad_enabled():
         return module(*args, **kwargs)
     versions = _versions(substitutes)
     call = call_swapped if _is_layer(module) and substitutes.keys() <= module._parameters.keys() else _call_any

@@ -50,10 +50,11 @@ def frozen(value: Any) -> Any:
 
 
 def objects_in(value: Any) -> list[Any]:
-    """A value, and all that is in it and is more than a name or a number."""
+    """A value, and all that is in it and is more than a number: of classes and modules, which are known by their names,
+    those themselves."""
     freezing = _Freezing()
     freezing.of(value)
-    return freezing.alive
+    return [*freezing.alive, *freezing.named]
 
 
 class _Freezing:
@@ -62,6 +63,7 @@ class _Freezing:
     def __init__(self) -> None:
         self._numbers: dict[int, int] = {}
         self.alive: list[Any] = []  # all that was met, so that nothing else gets its id
+        self.named: list[Any] = []
         self._depth = 0
 
     def of(self, value: Any) -> Any:
@@ -72,6 +74,7 @@ class _Freezing:
             if issubclass(kind, _SHOWN):
                 return (qualified(kind), repr(value))
             if issubclass(kind, NAMED) and bound_to(value) is None:
+                self.named += [value] if issubclass(kind, type | types.ModuleType) else []
                 return _by_name(value)
             if issubclass(kind, Tensor | nn.Module | fx.Graph):
                 return ("a", qualified(kind))
@@ -96,7 +99,8 @@ class _Freezing:
         """What is nothing but what it carries."""
         match value:
             case enum.Enum():
-                return (qualified(kind), value.name, self.of(value._value_))
+                own = [(name, self.of(one)) for name, one in _own(value).items() if not name.startswith("_")]
+                return (qualified(kind), value.name, self.of(value._value_), *own)
             case types.FunctionType():
                 return self._function(value)
             case types.CodeType():

@@ -9,6 +9,7 @@ import logging
 import operator
 import sys
 import types
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -31,24 +32,51 @@ _SPECIAL = {
 """Methods that nobody calls by name."""
 _NEVER = (Tensor, nn.Module, logging.Logger, types.GenericAlias)
 _TAKEN = (
-    Collection, partial, operator.attrgetter, operator.itemgetter, operator.methodcaller, property, staticmethod,
-    classmethod, cached_property,
+    *HOLDERS, Collection, operator.attrgetter, operator.itemgetter, operator.methodcaller, property, staticmethod,
+    classmethod, cached_property, weakref.ref,
 )  # fmt: skip
 """Of a library's objects, those that are what the user put in."""
+
+
+class Unnamed:
+    """What no name leads to: a class that was made in a function, or the global variables of functions of no module. A
+    pickle does not have it."""
+
+    def __init__(self, what: type | Mapping[str, Any] | None = None) -> None:
+        self.what = what
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unnamed) and self.what is other.what
+
+    def __hash__(self) -> int:
+        return id(self.what)
+
+    def __str__(self) -> str:
+        return f"{self.what.__module__}.{self.what.__qualname__}" if isinstance(self.what, type) else "globals()"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Unnamed":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unnamed, ()
 
 
 class Place(NamedTuple):
     """What a name in some code leads to.
 
     Attributes:
-        module: the name of the module that has the variable.
+        module: the name of the module that has the variable; or a class, or variables, that none has.
         path: the variable's name, and that of an attribute of it, and of one of that.
         value: what is there.
     """
 
-    module: str
+    module: str | Unnamed
     path: tuple[str, ...]
     value: Any
+
+    @property
+    def name(self) -> str:
+        return ".".join((str(self.module), *self.path))
 
 
 @dataclass(frozen=True)
@@ -60,20 +88,25 @@ class Outside:
         value: what was there, frozen.
     """
 
-    module: str
+    module: str | Unnamed
     path: tuple[str, ...]
     value: Any
 
     @property
     def name(self) -> str:
-        return ".".join((self.module, *self.path))
+        return ".".join((str(self.module), *self.path))
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody can tell what is there, in a pickle's copy."""
+        return isinstance(self.module, Unnamed) and self.module.what is None
 
     def now(self) -> Any:
         """What is there now."""
-        found: Any = sys.modules.get(self.module)
-        for part in self.path:
-            found = found_in(found, part)
-        return found
+        at = self.module.what if isinstance(self.module, Unnamed) else sys.modules.get(self.module)
+        if isinstance(at, Mapping):
+            return _at(at.get(self.path[0], _MISSING), self.path[1:])
+        return _at(at, self.path)
 
 
 def read_outside(
@@ -96,25 +129,46 @@ def read_outside(
     def found() -> Iterator[Place]:
         for code, space in codes:
             module = space.get("__name__", "")
-            is_there = space is vars(sys.modules.get(module, types))  # not made by `exec`, nor gone
             picks = partial(_picked, names if is_own(module) else names_mentioned(code), absent, partial(asked, code))
-            yield from places(code, space if is_there else {}, picks)
-            for name in names_in_code(code).read if is_there and is_own(module) else ():
+            yield from places(code, space, picks)
+            for name in names_in_code(code).read if is_own(module) else ():
                 if name not in space:
-                    yield Place(module, (name,), _MISSING)
+                    yield Place(_home(space), (name,), _MISSING)
         picks = partial(_picked, names, absent, lambda present: ())
-        for kind in {type(one) for value in kept if is_own(type(value).__module__) for one in objects_in(value)}:
-            path = tuple(kind.__qualname__.split("."))
-            if is_own(kind.__module__) and "<locals>" not in path:
-                yield from _leading_on(Place(kind.__module__, path, kind), picks, set())
+        for home in _homes(values):
+            yield from _leading_on(home, picks, set())
 
-    for _ in range(2):  # among what is found may be getters, which ask for more
+    values, each = [*kept], list[Place]()
+    for _ in range(2):  # in what is found may be classes and modules, and getters, which ask for more
         each = [*found()]
-        more = _got_by([place.value for place in each]) - names
-        if not more:
-            break
-        names |= more
+        values = [*kept, *(place.value for place in each)]
+        names |= _got_by([place.value for place in each])
     return tuple({one[:2]: outside for one in each if (outside := _outside(one))}.values())
+
+
+def _homes(values: Iterable[Any]) -> Iterator[Place]:
+    """Where to look for the classes and modules of the user's that are in some values, those of objects included; not
+    for classes of `nn.Module`, which are compared where they are called."""
+    met: dict[int, Any] = {}
+    for value in values:
+        if is_own(type(value).__module__) or isinstance(value, (*HOLDERS, type, types.ModuleType)):
+            for one in objects_in(value):
+                home = one if isinstance(one, type | types.ModuleType) else type(one)
+                met[id(home)] = home
+    for home in met.values():
+        if isinstance(home, types.ModuleType):
+            yield Place(home.__name__, (), home)
+        elif is_own(home.__module__) and not issubclass(home, nn.Module):
+            path = tuple(home.__qualname__.split("."))
+            is_there = _at(sys.modules.get(home.__module__), path) is home
+            yield Place(home.__module__, path, home) if is_there else Place(Unnamed(home), (), home)
+
+
+def _at(module: Any, path: Iterable[str]) -> Any:
+    """What is in a module at the end of some names."""
+    for part in path:
+        module = found_in(module, part)
+    return module
 
 
 def _picked(
@@ -138,10 +192,16 @@ def places(code: types.CodeType, space: Mapping[str, Any], picks: _Pick | None =
     picks = picks or names_mentioned(code).intersection
     for name in names.read:
         if name in space:
-            yield from _leading_on(Place(space.get("__name__", ""), (name,), space[name]), picks, met)
+            yield from _leading_on(Place(_home(space), (name,), space[name]), picks, met)
     for name in _imported(names.imported, space.get("__package__") or ""):
         if isinstance(module := sys.modules.get(name), types.ModuleType):
             yield from _leading_on(Place(name, (), module), picks, met)
+
+
+def _home(space: Mapping[str, Any]) -> str | Unnamed:
+    """Whose global variables some are: a module's that can be found, or else nobody's."""
+    name = space.get("__name__", "")
+    return name if space is vars(sys.modules.get(name, types)) else Unnamed(space)
 
 
 def _imported(modules: Iterable[tuple[str, int]], package: str) -> Iterator[str]:
@@ -216,7 +276,12 @@ def _outside(place: Place) -> Outside | None:
         return Outside(module, (*path, "__code__"), frozen(value.__code__))
     is_named = isinstance(value, type | types.ModuleType | types.BuiltinFunctionType)
     is_opaque = is_library(type(value).__module__) and not isinstance(value, _TAKEN)
-    if type(value) in PLAIN or value is _MISSING or is_named or not (is_installed(module) or is_opaque):
+    if (
+        type(value) in PLAIN
+        or value is _MISSING
+        or is_named
+        or not (is_opaque or (isinstance(module, str) and is_installed(module)))
+    ):
         return Outside(module, path, frozen(value))
     return None
 

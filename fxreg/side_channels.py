@@ -212,7 +212,7 @@ class Ledger:
                 continue
             readers = [path for path in self.modules if id(code) in self._entered.get(path, ())]
             for place in places(code, space) if readers else ():
-                yield from ((path, ".".join((place.module, *place.path)), place.value) for path in readers)
+                yield from ((path, place.name, place.value) for path in readers)
 
     def _with_getters(self) -> set[str]:
         """The paths of the traced modules that have functions made to get attributes: nothing says when they do."""

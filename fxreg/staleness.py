@@ -1,5 +1,6 @@
 """Noticing that a model is no longer what was captured: what a graph holds as it was is compared before each call."""
 
+import dis
 import enum
 import functools
 import inspect
@@ -17,8 +18,8 @@ from .freezing import frozen
 from .hearing import has_own_forward, untold
 from .kinds import qualified
 from .mentions import asked
-from .naming import names_in_code
-from .outside import Outside, attributes_of, found_in, is_special, read_outside
+from .naming import codes_in, names_in_code
+from .outside import Outside, read_outside
 from .packages import is_library, is_own
 from .side_channels import GLOBAL_HOOKS, HOOKS, listed
 from .structure import alike
@@ -43,6 +44,7 @@ class Remembered:
         methods: the functions of its class that traced code may have called, by name.
         outside: of the root, what all traced code reads outside the modules.
         lists: the names of all that it has of a kind, where traced code asked for that.
+        kinds: of the root, the classes of all modules by path, where traced code asks what something is.
         witness: has seen the values.
     """
 
@@ -55,6 +57,7 @@ class Remembered:
     methods: tuple[tuple[str, Any], ...] = ()
     outside: tuple[Outside, ...] = ()
     lists: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    kinds: tuple[tuple[str, str], ...] = ()
     witness: Witness = field(default_factory=Witness, compare=False, repr=False)
 
 
@@ -73,8 +76,11 @@ def remember(
     methods = _methods(map(type, modules.values()), mentioned)
     for (_, path, name), value in reads:
         values.setdefault(path, {})[name] = value
-        for attribute, found in _local_attributes(type(value), mentioned).items():
-            values[path][f"{name}.{attribute}"] = found
+    for path, module in root.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            for name, value in (getattr(tensor, "__dict__", None) or {}).items():
+                if name in mentioned:
+                    values.setdefault(path, {})[f"{key}.{name}"] = value
     lists: dict[str, dict[str, tuple[str, ...]]] = {}
     for (_, path, registry), names in listings:
         lists.setdefault(path, {})[registry] = names
@@ -95,17 +101,27 @@ def remember(
             _not_hidden(methods[type(modules[path])], modules[path]) if path in modules else (),
             () if path else read_outside(codes, [*{id(one): one for _, one in reads}.values()], _asked),
             tuple(lists.get(path, {}).items()),
+            () if path or not _asks_for_kinds(code for code, _ in codes) else _kinds(root),
         )
         for path, found in values.items()
     )
 
 
-def _local_attributes(kind: type, names: Collection[str]) -> dict[str, Any]:
-    """What a class of the user's has under some names, and its special methods, where no name leads to the class."""
-    if issubclass(kind, nn.Module) or not is_own(kind.__module__) or "<locals>" not in kind.__qualname__:
-        return {}
-    kept = attributes_of(kind) or {}
-    return {name: found for name, found in kept.items() if name in names or is_special(name)}
+def _asks_for_kinds(codes: Iterable[types.CodeType]) -> bool:
+    """Whether code asks what something is an instance of, by a function or by `case Kind():`."""
+    each = (inner for code in codes for inner in codes_in(code))
+    return any(
+        not _CLASS_OF.isdisjoint(code.co_names) or dis.opmap["MATCH_CLASS"] in code.co_code[::2] for code in each
+    )
+
+
+_CLASS_OF = {"isinstance", "issubclass", "type", "__class__"}
+
+
+def _kinds(root: nn.Module) -> tuple[tuple[str, str], ...]:
+    """The paths and classes of the modules in a model."""
+    each = root.named_modules(remove_duplicate=False)
+    return tuple((path, qualified(type(module))) for path, module in each if path)
 
 
 def _class_values(kind: type, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -218,6 +234,8 @@ def _difference(module: nn.Module, then: Remembered, values: bool, met: dict[int
         return "has other children"
     if (then.kind or not then.path) and _own_parameters(module) != then.parameters:
         return "has other parameters"
+    if then.kinds and (other := set(then.kinds) ^ set(_kinds(module))):
+        return f"has another {min(other)[0]!r}"
     if what := _other_list(module, then):
         return what
     return _other_doings(module, then, values) or (_other_value(module, then, met) if values else None)
@@ -266,16 +284,16 @@ def _other_value(module: nn.Module, then: Remembered, met: dict[int | None, Any]
         if number is not None:
             met[number] = now
     for outside in then.outside:
-        if not then.witness.agrees(outside.name, outside.now(), outside.value):
+        if not outside.is_gone and not then.witness.agrees(outside.name, outside.now(), outside.value):
             return f"reads {outside.name!r}, which is another now"
     return None
 
 
 def _kept(module: nn.Module, name: str) -> Any:
-    """What a module has under a name, or, behind a dot, the class of that."""
+    """What a module has under a name, or, behind a dot, a tensor of its."""
     name, _, attribute = name.partition(".")
     found = getattr(module, name, ...)
-    return found_in(type(found), attribute) if attribute else found
+    return getattr(found, attribute, ...) if attribute else found
 
 
 def _methods(kinds: Iterable[type], mentioned: Iterable[str]) -> dict[type, tuple[tuple[str, Any], ...]]:

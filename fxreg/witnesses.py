@@ -3,7 +3,7 @@
 import functools
 import operator
 import types
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,7 +73,8 @@ def _parts(value: Any) -> list[tuple[Any, ...]] | None:
     waiting = [value]
     while waiting:
         one = waiting.pop()
-        if type(one) in SCALARS or id(one) in met:
+        kind: type = type(one)
+        if kind in SCALARS or id(one) in met:
             continue
         met[id(one)] = one
         if isinstance(one, _LEAVES):
@@ -81,14 +82,14 @@ def _parts(value: Any) -> list[tuple[Any, ...]] | None:
             continue
         own = getattr(one, "__dict__", None)
         match one:
-            case dict():
+            case dict() if not isinstance(one, defaultdict):
                 inside: Any = entries(one)
                 waiting += inside.values()
             case _ if isinstance(one, _CONTAINERS):
                 inside = [*one]
                 waiting += inside
             case types.FunctionType() if not (one.__closure__ or one.__defaults__ or one.__kwdefaults__ or own):
-                found.append((one, type(one), (one.__code__, None, None), None, None))
+                found.append((one, kind, (one.__code__, None, None), None, None))
                 continue
             case types.MethodType():
                 waiting += (one.__func__, one.__self__)
@@ -96,15 +97,25 @@ def _parts(value: Any) -> list[tuple[Any, ...]] | None:
             case functools.partial():
                 waiting += (one.func, one.args, one.keywords)
                 continue
-            case _ if type(own) is dict and not isinstance(one, types.FunctionType) and not slots(type(one)):
+            case object() if type(own) is dict and _is_all_in_its_dict(kind):
                 inside = None
             case _:
                 return None
         kept = dict(own) if own is not None else None
         if kept is not None:
             waiting += kept.values()
-        found.append((one, type(one), inside, own, kept))
+        found.append((one, kind, inside, own, kept))
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_all_in_its_dict(kind: type) -> bool:
+    """Whether instances have nothing but their attributes: no slots, and nothing in C below their class."""
+    return kind.__basicsize__ <= _Empty.__basicsize__ and not kind.__itemsize__ and not slots(kind)
+
+
+class _Empty:
+    """An object with attributes."""
 
 
 def _is_same(part: tuple[Any, ...]) -> bool:

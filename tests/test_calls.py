@@ -186,3 +186,27 @@ def test_a_thread_may_checkpoint_while_another_must_not() -> None:
         done.set()
         thread.join()
     assert torch.utils.checkpoint.CheckpointFunction.apply == before
+
+
+class Asking(nn.Module):
+    """Asks a parameter whether it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.adapter = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y + self.adapter(y) if any(one.requires_grad for one in self.adapter.parameters()) else y
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("around", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_without_gradients_a_layer_has_its_own_parameters(around: Any, backend: str | None) -> None:
+    model, x = Asking(), torch.ones(2, 3)
+    gm: Any = fxreg.transform(model, fxreg.Rule(fxreg.scale(0.5)))
+    called = torch.compile(gm, backend=backend) if backend else gm
+    for trained in (True, False):
+        model.adapter.requires_grad_(trained)
+        with around():
+            torch.testing.assert_close(called(x), model(x), rtol=0, atol=0)

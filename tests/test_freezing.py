@@ -3,6 +3,7 @@
 import array
 import collections
 import copy
+import ctypes
 import dataclasses
 import datetime
 import decimal
@@ -178,6 +179,35 @@ def test_whatever_two_values_differ_in_shows(name: str) -> None:
     witness, then = Witness(), frozen(one)
     assert witness.agrees("", one, then)
     assert not witness.agrees("", other, then)
+
+
+class Named(enum.Enum):
+    ONE = 1
+
+    def __init__(self, value: int) -> None:
+        self.gain = 1.0
+
+
+MOVED: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
+    "records": (lambda: np.rec.array([(1.0, 1)], dtype=[("v", float), ("k", int)]), lambda one: one.v.fill(3.0)),
+    "masked": (lambda: np.ma.array([1.0, 2.0]), lambda one: one.__setitem__(0, np.ma.masked)),
+    "number of C": (lambda: ctypes.c_double(1.0), lambda one: setattr(one, "value", 3.0)),
+    "default": (lambda: collections.defaultdict(int), lambda one: setattr(one, "default_factory", float)),
+    "member": (lambda: Named.ONE, lambda one: setattr(one, "gain", one.gain + 1.0)),
+    "object": (lambda: types.SimpleNamespace(a=1), lambda one: setattr(one, "a", 2)),
+    "inside": (lambda: [{"k": Plain(1)}], lambda one: setattr(one[0]["k"], "a", 2)),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_changes_in_place_is_seen(name: str) -> None:
+    make, move = MOVED[name]
+    one, witness = make(), Witness()
+    then = frozen(one)
+    assert witness.agrees("", one, then)
+    assert witness.agrees("", one, then)
+    move(one)
+    assert not witness.agrees("", one, then)
 
 
 NOT_COPIED = {"memoryview", "values of a dict", "finfo", "static method", "mapping proxy"}

@@ -1,5 +1,6 @@
 """Global variables that a forward reads: a graph never goes on with what they were."""
 
+import copy
 import functools
 import itertools
 import operator
@@ -45,6 +46,9 @@ class Held(metaclass=Numbered):
     @classmethod
     def scale(cls) -> float:
         return cls.number
+
+    def current(self) -> Any:
+        return self.own["k"]
 
     @property
     def half(self) -> float:
@@ -223,12 +227,66 @@ class ByBuiltin(Layer):
         return self.linear(x) * max(1.0, 2.0)
 
 
+class KeepingClass(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = Held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.held.number
+
+
+class KeepingModule(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.held.NUMBER
+
+
+def by(held: Any) -> Any:
+    def scale(x: Tensor) -> Tensor:
+        return x * held.number
+
+    return scale
+
+
+BY_CLASS, BY_OBJECT, BY_METHOD = by(Held), by(HELD), HELD.current
+BY_NAME = {"held": Held}
+
+
+class ByClosure(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return BY_CLASS(self.linear(x))
+
+
+class ByObjectInClosure(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return BY_OBJECT(self.linear(x))
+
+
+class ByBoundMethod(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * BY_METHOD()
+
+
+class ByClassInTable(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * BY_NAME["held"].number
+
+
 def edit(patch: pytest.MonkeyPatch, function: Any, like: Any) -> None:
     """Give a function another's code, as tools do that load edited modules again."""
     patch.setattr(function, "__code__", like.__code__)
 
 
 CASES: dict[type[Layer], Any] = {
+    KeepingClass: lambda patch: patch.setattr(Held, "number", 3.0),
+    ByClosure: lambda patch: patch.setattr(Held, "number", 3.0),
+    ByObjectInClosure: lambda patch: patch.setattr(Held, "number", 3.0),
+    ByBoundMethod: lambda patch: patch.setitem(HELD.own, "k", 3.0),
+    ByClassInTable: lambda patch: patch.setattr(Held, "number", 3.0),
     OfMetaclass: lambda patch: patch.setattr(Numbered, "of_all", 3.0),
     ByClassMethod: lambda patch: patch.setattr(Held, "number", 3.0),
     ByCall: lambda patch: patch.setattr(Held, "__call__", lambda self, x: x * 3.0),
@@ -320,8 +378,9 @@ def test_what_changed_in_the_class_is_noticed(change: Any, is_compiled: bool, mo
 
 
 @pytest.mark.parametrize("examples", [None, (ROW,)])
+@pytest.mark.parametrize("how", ["held", "class", "inside"])
 @pytest.mark.parametrize("what", ["number", "half", "__call__"])
-def test_what_changed_in_a_local_class_is_noticed(what: str, examples: Any) -> None:
+def test_what_changed_in_a_local_class_is_noticed(what: str, how: str, examples: Any) -> None:
     class Local:
         number = 2.0
 
@@ -334,18 +393,132 @@ def test_what_changed_in_a_local_class_is_noticed(what: str, examples: Any) -> N
     class Using(Layer):
         def __init__(self) -> None:
             super().__init__()
-            self.local = Local()
+            one = Local()
+            self.get: Any = {"held": one, "class": Local, "inside": {"one": [one]}}[how]
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.local(self.linear(x)) * self.local.number * self.local.half()
+            local = self.get() if how == "class" else self.get["one"][0] if how == "inside" else self.get
+            return local(self.linear(x)) * local.number * local.half()
 
     model = nn.Sequential(Using())
     gm = fxreg.transform(model, L1, example_inputs=examples)
     assert not fxreg.explain(gm).opaque
     torch.testing.assert_close(gm(ROW), model(ROW), rtol=0, atol=0)
     setattr(Local, what, 3.0 if what == "number" else lambda self, *given: given[0] if given else 3.0)
-    with pytest.raises(fxreg.CaptureError, match=f"has another 'local.{what}'"):
+    for one in (gm, copy.deepcopy(gm)):
+        with pytest.raises(fxreg.CaptureError, match=f"reads '.*Local.{what}'"):
+            one(ROW)
+
+
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+def test_what_changed_in_a_module_that_is_kept_is_noticed(examples: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = KeepingModule()
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    torch.testing.assert_close(gm(ROW), model(ROW), rtol=0, atol=0)
+    monkeypatch.setattr(settings, "NUMBER", 3.0)
+    with pytest.raises(fxreg.CaptureError, match=r"reads 'tests.settings.NUMBER', which is another now"):
         gm(ROW)
+
+
+SCALING = """
+NUMBER = 2.0
+TABLE = {"k": [2.0]}
+def scale(x):
+    return x * NUMBER * TABLE["k"][0]
+"""
+
+
+class Scaling(Layer):
+    def __init__(self, scale: Any) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.linear(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+@pytest.mark.parametrize("name", ["of.no.module", __name__, None])
+@pytest.mark.parametrize(
+    "change", [lambda space: space.update(NUMBER=3.0), lambda space: space["TABLE"]["k"].insert(0, 3.0)]
+)
+def test_what_changed_in_a_file_that_is_no_module_is_noticed(change: Any, name: str | None, examples: Any) -> None:
+    space: dict[str, Any] = {"__name__": name} if name else {}
+    exec(SCALING, space)
+    model = Scaling(space["scale"])
+    gm = copy.deepcopy(fxreg.transform(model, L1, example_inputs=examples))
+    assert not fxreg.explain(gm).opaque
+    torch.testing.assert_close(gm(ROW), model(ROW), rtol=0, atol=0)
+    change(space)
+    with pytest.raises(fxreg.CaptureError, match="which is another now"):
+        gm(ROW)
+
+
+class Block(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act: nn.Module = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.linear(x))  # type: ignore[no-any-return]
+
+
+class OfKind(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) * (2.0 if isinstance(self.block.act, nn.ReLU) else 3.0)
+
+
+class OfCase(OfKind):
+    def forward(self, x: Tensor) -> Tensor:
+        match self.block.act:
+            case nn.ReLU():
+                return self.block(x) * 2.0
+        return self.block(x) * 3.0
+
+
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+@pytest.mark.parametrize("make", [OfKind, OfCase])
+def test_another_class_counts_where_code_asks_for_it(make: type[OfKind], examples: Any, is_compiled: bool) -> None:
+    torch.compiler.reset()
+    model = make()
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    assert not fxreg.explain(gm).opaque
+    called = torch.compile(gm, backend="eager") if is_compiled else gm
+    model.block.act = nn.ReLU()
+    torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
+    model.block.act = nn.Tanh()
+    with pytest.raises(fxreg.CaptureError, match=r"has another 'block.act'"):
+        called(ROW)
+
+
+class Tagged(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(3))
+        self.linear.weight.gain = self.mask.gain = 2.0  # type: ignore[attr-defined,union-attr]
+
+    mask: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.linear.weight.gain * self.mask.gain  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+@pytest.mark.parametrize("what", ["linear.weight", "mask"])
+def test_an_attribute_of_a_tensor_is_followed(what: str, examples: Any, is_compiled: bool) -> None:
+    torch.compiler.reset()
+    model = Tagged()
+    gm = fxreg.transform(model, L1, example_inputs=examples)
+    called = torch.compile(gm, backend="eager") if is_compiled else gm
+    for gain in (2.0, 3.0, 2.0):
+        operator.attrgetter(what)(model).gain = gain
+        torch.testing.assert_close(called(ROW), model(ROW), rtol=0, atol=0)
 
 
 def test_a_getter_in_a_closure_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
