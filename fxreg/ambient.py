@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .enclosed import dictionary_of
 from .naming import names_in_code
 from .packages import is_foreign, is_installed
 
@@ -109,8 +110,7 @@ def _held(value: Any) -> Iterable[Any]:
         return value  # type: ignore[no-any-return]
     if isinstance(value, nn.Module | type | types.ModuleType | types.FunctionType):
         return ()
-    entries = value if type(value) is dict else getattr(value, "__dict__", {})
-    return [*entries.values()] if type(entries) is dict else ()
+    return [*(value if type(value) is dict else dictionary_of(value)).values()]
 
 
 def _top(module: str | None) -> str:

@@ -23,10 +23,11 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree  # private by name only: what torch.export and torch.func document
 
+from .enclosed import inside
 from .errors import CaptureError, FxregError
 from .operators import attach as _attach_operator
 from .stand_ins import call_swapped, without_reentrant_checkpoints
-from .structure import follow, likeness, loss_in, map_tensors, replace_field, tensors
+from .structure import PLAIN, follow, likeness, loss_in, map_tensors, replace_field, tensors
 
 
 def call_model(
@@ -50,11 +51,11 @@ def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
     versions = _versions(substitutes)
     call = call_swapped if _is_layer(module) and substitutes.keys() <= module._parameters.keys() else _call_any
     result = call(module, substitutes, args, kwargs)
-    if is_unfinished(result):
+    if is_unfinished(result) or (not torch.compiler.is_compiling() and _leads_to_module(result)):
         raise CaptureError(
-            f"the forward of {type(module).__name__} returns a {type(result).__name__}, which runs after the call: a "
-            "rule transforms the gradient of a parameter, which would be used untransformed there. Return what it "
-            "yields in a list, or use via='penalty'."
+            f"the forward of {type(module).__name__} returns a {type(result).__name__}, which runs after the call, or "
+            "leads to a module that may: a rule transforms the gradient of a parameter, which would be used "
+            "untransformed there. Return what it gives, in a list if it is several, or use via='penalty'."
         )
     if versions != _versions(substitutes):
         raise CaptureError(
@@ -68,6 +69,19 @@ def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
 def is_unfinished(result: Any) -> bool:
     """Whether what a forward returned has still to run."""
     return isinstance(result, Iterator | AsyncIterator | Coroutine)
+
+
+def _leads_to_module(result: Any) -> bool:
+    """Whether what a forward returned has a module in it: in an object, or in what a function closes over."""
+    waiting, met = [result], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, nn.Module):
+            return True
+        if not isinstance(one, (Tensor, *PLAIN)) and id(one) not in met:
+            met.add(id(one))
+            waiting += inside(one)
+    return False
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -84,8 +98,8 @@ def _call_any(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
             f"{next(iter(substitutes))!r}: it would use its own parameters, untransformed. Shard the emitted module as "
             "a whole, or use via='penalty'."
         )
-    with _unflattened(module), _dressed(module, substitutes), without_reentrant_checkpoints():
-        return call_swapped(module, substitutes, args, kwargs)
+    with _unflattened(module), _dressed(module, substitutes) as dressed, without_reentrant_checkpoints():
+        return call_swapped(module, dressed, args, kwargs)
 
 
 @contextmanager
@@ -121,22 +135,28 @@ def _versions(substitutes: dict[str, Tensor]) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _dressed(module: nn.Module, substitutes: dict[str, Tensor]) -> Iterator[None]:
-    """Stand-ins that look like the parameters: with the attributes that somebody gave these, and their gradients."""
+def _dressed(module: nn.Module, substitutes: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Stand-ins that look like the parameters: of their class, with the attributes that somebody gave these, and their
+    gradients. What attributes the call gives them the parameters have afterwards."""
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
-        yield
+        yield substitutes
         return
+    dressed, owners = dict(substitutes), dict[str, nn.Parameter]()
     for name, substitute in substitutes.items():
         path, _, key = name.rpartition(".")
         parameter = module.get_submodule(path)._parameters[key]
         if parameter is not None and parameter.is_leaf:
-            vars(substitute).update(vars(parameter))
-            substitute.grad = parameter.grad
+            if type(parameter) not in (nn.Parameter, Tensor):
+                dressed[name] = substitute.as_subclass(type(parameter))
+            owners[name] = parameter
+            vars(dressed[name]).update(vars(parameter))
+            dressed[name].grad = parameter.grad
     try:
-        yield
+        yield dressed
     finally:
-        for substitute in substitutes.values():
-            substitute.grad = None
+        for name, parameter in owners.items():
+            vars(parameter).update(vars(dressed[name]))
+            dressed[name].grad = None
 
 
 def take_inputs(state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -189,7 +209,7 @@ def attach(output: Any, penalties: list[Tensor], scale: Tensor, given: Sequence[
             "penalties' gradient has no way back. Call it under torch.no_grad(), or use emit='output'."
         )
     inputs = [one for one in pytree.tree_leaves(given) if isinstance(one, Tensor)] if given else []
-    attached = _attached(live, penalties, scale, inputs)
+    attached = [_like(*each) for each in zip(_attached(live, penalties, scale, inputs), live, strict=True)]
 
     def replaced(tensor: Tensor) -> Tensor:
         for old, new in zip(live, attached, strict=True):
@@ -198,6 +218,19 @@ def attach(output: Any, penalties: list[Tensor], scale: Tensor, given: Sequence[
         return tensor
 
     return map_tensors(replaced, output)
+
+
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    """An output with what it had: a plain class, where something else was of another one; attributes, and that it keeps
+    its gradient."""
+    if type(old) is Tensor and type(new) is not Tensor:
+        new = new.as_subclass(Tensor)
+    if not torch.compiler.is_compiling():
+        if own := getattr(old, "__dict__", None):
+            vars(new).update(own)
+        if old.retains_grad:
+            new.retain_grad()
+    return new
 
 
 def _is_followed(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 
+from .enclosed import dictionary_of
 from .freezing import frozen
 from .graphs import Lent, as_function, read, written
 from .layouts import Glance
@@ -153,8 +154,8 @@ def settled(model: nn.Module, changes: Iterable[tuple[int, str, Any]]) -> tuple[
         for name, value in vars(module).items():
             if isinstance(value, collections.OrderedDict):  # which has a __dict__ as well
                 places.setdefault(id(value), (path, "", name))
-            elif isinstance(getattr(value, "__dict__", None), dict):
-                places.setdefault(id(vars(value)), (path, name, ""))
+            elif type(value).__dictoffset__ and not isinstance(value, type):
+                places.setdefault(id(dictionary_of(value)), (path, name, ""))
         places[id(vars(module))] = (path, "", "")
     found = []
     for identity, name, value in changes:

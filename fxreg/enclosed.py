@@ -1,6 +1,7 @@
 """What functions, objects and dicts carry with them, past what their classes make of it."""
 
 import collections
+import contextlib
 import functools
 import io
 import queue
@@ -52,7 +53,7 @@ def holds_iterator(value: Any, depth: int = 3) -> bool:
     elif isinstance(value, type):
         inner = () if is_foreign(value.__module__) or issubclass(value, torch.nn.Module) else [*vars(value).values()]
     elif not isinstance(value, types.ModuleType | torch.nn.Module) and not is_foreign(type(value).__module__):
-        inner = [*getattr(value, "__dict__", {}).values()]
+        inner = [*dictionary_of(value).values()]
     return depth > 0 and any(holds_iterator(one, depth - 1) for one in inner)
 
 
@@ -90,8 +91,17 @@ def attributes(value: Any) -> dict[str, Any]:
     """The attributes that an object keeps, in slots as well; none of a class's or a module's, which are everybody's."""
     if isinstance(value, types.MethodType | types.ModuleType | type):
         return {}
-    own = getattr(value, "__dict__", None)
-    return {**slotted(value), **(own if isinstance(own, dict) else {})}
+    return {**slotted(value), **dictionary_of(value)}
+
+
+def dictionary_of(value: Any) -> dict[str, Any]:
+    """The dictionary of an object; an empty one if it has none. It is not asked itself: its `__getattr__` may say or
+    raise anything."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def entries(value: dict[Any, Any]) -> dict[Any, Any]:
@@ -104,7 +114,11 @@ def entries(value: dict[Any, Any]) -> dict[Any, Any]:
 
 def slotted(value: Any) -> dict[str, Any]:
     """The attributes that an object keeps in slots."""
-    return {name: getattr(value, name) for name in slots(type(value)) if hasattr(value, name)}
+    found = {}
+    for name in slots(type(value)):
+        with contextlib.suppress(AttributeError):  # nothing was put there
+            found[name] = object.__getattribute__(value, name)
+    return found
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

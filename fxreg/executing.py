@@ -16,7 +16,7 @@ from torch import nn
 
 from .ambient import ambient, answers, asked, is_answer
 from .mentions import may_mention, mentioned
-from .packages import is_foreign
+from .packages import is_foreign, is_own
 from .scanning import LOOKS_PAST, PAST, context_name, looks_past
 from .sizes import SYMBOLIC
 from .stacks import UNKNOWN, Stack, instructions_of
@@ -38,6 +38,8 @@ _MENTIONS = {
     "__dict__": _DICTIONARY,
     "type": _TYPE,
     "__class__": _TYPE,
+    "import_module": "imports a module by its name",
+    "__import__": "imports a module by its name",
     "setattr": _BY_NAME,
     "delattr": _BY_NAME,
     "Thread": "starts a thread",
@@ -128,15 +130,17 @@ def watched(recorder: Any) -> Iterator[None]:
         elif event == "c_call" and recorder.thread and (reason := _asked(argument, frame.f_globals.get("__name__"))):
             recorder.give_up(f"{frame.f_code.co_qualname} {reason}")
 
-    before, original = (sys.gettrace(), sys.getprofile()), isinstance
+    before, originals = (sys.gettrace(), sys.getprofile()), (isinstance, getattr, hasattr)
     with _no_collection():
         sys.settrace(enter)
         sys.setprofile(call)
-        builtins.isinstance = _asking(original)
+        builtins.isinstance, builtins.getattr, builtins.hasattr = (
+            _asking(isinstance), _getting(getattr, recorder), _getting(hasattr, recorder)
+        )  # fmt: skip
         try:
             yield
         finally:
-            builtins.isinstance = original
+            builtins.isinstance, builtins.getattr, builtins.hasattr = originals
             sys.settrace(before[0])
             sys.setprofile(before[1])
 
@@ -177,6 +181,20 @@ def _asking(original: Callable[[Any, Any], bool]) -> Any:
         return original(value, kinds)
 
     return is_instance
+
+
+def _getting(original: Callable[..., Any], recorder: Any) -> Any:
+    """A `getattr` or `hasattr` that tells where a tensor is asked for what others may have, and it has not."""
+    has, is_instance = hasattr, isinstance
+
+    def get(value: Any, name: Any, *default: Any) -> Any:
+        is_missing = is_instance(value, torch.Tensor) and is_instance(name, str) and not has(torch.Tensor, name)
+        is_heard = is_missing and recorder.thread and not recorder.is_busy
+        if is_heard and is_own(sys._getframe(1).f_globals.get("__name__")):
+            recorder.give_up(f"asks for attribute {name!r}, which a tensor does not have")
+        return original(value, name, *default)
+
+    return get
 
 
 class entering:  # noqa: N801  a context manager, of which there are thousands

@@ -6,14 +6,17 @@ that it may have asked about are asserted when the graph runs.
 
 import itertools
 import operator
-from collections.abc import Collection
+import types
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .calls import expect_some, expect_tensor, passes, unpack
 from .layers import is_plain_layer
+from .naming import names_in
 
 _ACCEPT_NONE = {operator.eq, operator.ne, operator.is_, operator.is_not, operator.contains}
 _MAYBE_NONE = {F.multi_head_attention_forward}
@@ -110,3 +113,28 @@ class Expectations:
     def _refuses_none(self, user: fx.Node) -> bool:
         kind = user.meta["nn_module_stack"][user.target][1]
         return str(kind.__module__).startswith("torch.") and not issubclass(kind, nn.Identity)
+
+
+def says_kinds_of_tensors(frame: types.FrameType) -> bool:
+    """Whether a name in running code is that of a class of tensors, of which not every tensor is an instance."""
+    names, met = names_in(frame.f_code), set[int]()
+    waiting = [*frame.f_locals.values(), *_under(names, frame.f_globals)]
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)  # what is traced must not be asked for its class
+        if kind is tuple:
+            waiting += value
+        elif issubclass(kind, types.ModuleType) and id(value) not in met:
+            met.add(id(value))
+            waiting += _under(names, vars(value))
+        elif issubclass(kind, type) and _is_kind_of_tensors(value):
+            return True
+    return False
+
+
+def _is_kind_of_tensors(kind: type) -> bool:
+    return type(kind) is type(torch.FloatTensor) or (kind is not Tensor and issubclass(kind, Tensor))
+
+
+def _under(names: Iterable[str], space: Mapping[str, Any]) -> list[Any]:
+    return [space[name] for name in names if name in space]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .enclosed import bound_to, enclosed, entries, slotted
+from .enclosed import bound_to, dictionary_of, enclosed, entries, slotted
 from .kinds import qualified
 from .packages import is_library
 
@@ -89,7 +89,7 @@ class _Freezing:
             return self._carrier(kind, value) if issubclass(kind, _CARRIERS) else self._object(kind, value)
         finally:
             self._depth -= 1
-            if issubclass(kind, _CARRIERS) or not (issubclass(kind, _CONTAINERS) or _own(value)):
+            if issubclass(kind, _CARRIERS) or not (issubclass(kind, _CONTAINERS) or dictionary_of(value)):
                 del self._numbers[id(value)]  # whether it is one or two, no one can tell
 
     def _each(self, values: Iterable[Any]) -> tuple[Any, ...]:
@@ -99,7 +99,7 @@ class _Freezing:
         """What is nothing but what it carries."""
         match value:
             case enum.Enum():
-                own = [(name, self.of(one)) for name, one in _own(value).items() if not name.startswith("_")]
+                own = [(name, self.of(one)) for name, one in dictionary_of(value).items() if not name.startswith("_")]
                 return (qualified(kind), value.name, self.of(value._value_), *own)
             case types.FunctionType():
                 return self._function(value)
@@ -133,7 +133,7 @@ class _Freezing:
         inside = self._inside(kind, value)
         if kind in _PLAIN:
             return (_PLAIN[kind], inside) if inside else (_PLAIN[kind], (), ())
-        kept = {**slotted(value), **_own(value)}
+        kept = {**slotted(value), **dictionary_of(value)}
         attributes = tuple([(name, self.of(one)) for name, one in kept.items()])
         return (qualified(kind), inside, attributes) if attributes or not inside else (qualified(kind), inside)
 
@@ -181,11 +181,6 @@ def _reduced(kind: type, value: Any) -> Iterable[Any]:
 def _is_reduced_in_c(kind: type) -> bool:
     own = [vars(base).get(name) for base in kind.__mro__[:-1] for name in ("__reduce__", "__reduce_ex__")]
     return any(own) and not any(isinstance(one, types.FunctionType) for one in own)
-
-
-def _own(value: Any) -> dict[str, Any]:
-    own = getattr(value, "__dict__", None)
-    return own if type(own) is dict else {}
 
 
 def _by_name(value: Any) -> tuple[str | None, ...]:

@@ -187,7 +187,8 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def untold(function: Any) -> Any:
     """What a function is while nobody listens."""
-    return function.__wrapped__ if getattr(function, "__code__", None) in _TELLING else function
+    is_telling = isinstance(function, types.FunctionType) and function.__code__ in _TELLING
+    return function.__wrapped__ if is_telling else function
 
 
 def _runs(module: nn.Module) -> bool:

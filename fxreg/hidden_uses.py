@@ -12,7 +12,7 @@ from .naming import names_in
 from .scanning import functions_of
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
-_ASKED = {"Parameter", "is_leaf", "register_parameter"}
+_ASKED = {"Parameter", "is_leaf", "register_parameter", "get_parameter", "id"}
 _CLOSED = (str, bytes, int, float, complex, type, types.ModuleType, torch.dtype, torch.device)
 
 
@@ -49,7 +49,7 @@ def _held(value: Any, registered: set[int], seen: set[int]) -> Iterator[int]:
         yield id(value)
         if value._base is not None:
             yield id(value._base)
-    for part in inside(value):
+    for part in (*(value if isinstance(value, dict) else ()), *inside(value)):
         yield from _held(part, registered, seen)
 
 

@@ -100,8 +100,8 @@ class _Lowering(Insertion):
                 continue
             why = (
                 f"a rule transforms gradients of parameters of {path or 'the model'!r}, which runs as it is, and "
-                f"{found} asks whether a tensor is a parameter or a leaf, or makes one: it would meet stand-ins, which "
-                "are neither. Leave them out with exclude=, or use via='penalty'."
+                f"{found} asks whether a tensor is a parameter or a leaf, or which one, or makes one: it would meet "
+                "stand-ins, which are neither. Leave them out with exclude=, or use via='penalty'."
             )
             if not self.is_alternative:
                 raise CaptureError(why)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-from .enclosed import HOLDERS, inside
+from .enclosed import HOLDERS, dictionary_of, inside
 from .freezing import frozen, objects_in
 from .naming import names_in_code, names_in_text, names_mentioned
 from .packages import is_foreign, is_installed, is_library, is_own
@@ -239,7 +239,7 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
     for base in () if is_module else _bases(kind)[::-1]:
         found |= {} if is_foreign(base.__module__) else vars(base)
     if is_module or not (is_own(home) or value is kind):
-        found |= getattr(value, "__dict__", {})
+        found |= dictionary_of(value)
     if not is_own(home):
         return {name: one for name, one in found.items() if type(one) in PLAIN}
     if issubclass(kind, nn.Module):  # whose methods are compared where it is called
@@ -252,8 +252,8 @@ def found_in(owner: Any, name: str) -> Any:
     if isinstance(owner, types.ModuleType):
         return vars(owner).get(name, _MISSING)
     if name == "__code__":
-        return getattr(owner, name, _MISSING)
-    own = {} if isinstance(owner, type) else getattr(owner, "__dict__", {})
+        return owner.__code__ if isinstance(owner, types.FunctionType) else _MISSING
+    own = {} if isinstance(owner, type) else dictionary_of(owner)
     kind = owner if isinstance(owner, type) else type(owner)
     spaces: tuple[Mapping[str, Any], ...] = (own, *map(vars, _bases(kind)))
     return next((space[name] for space in spaces if name in space), _MISSING)

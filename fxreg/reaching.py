@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .enclosed import defaults, enclosed, entries, slotted
+from .enclosed import defaults, dictionary_of, enclosed, entries, slotted
 from .naming import names_in, names_mentioned
 from .packages import is_foreign, is_installed
 
@@ -92,7 +92,7 @@ def _inside(value: Any) -> Iterator[Any]:
     if isinstance(value, nn.Module) or not _is_elsewhere(kind.__module__):
         yield kind
         yield from slotted(value).values()
-        yield from getattr(value, "__dict__", {}).values()
+        yield from dictionary_of(value).values()
 
 
 def _is_elsewhere(module: str | None) -> bool:

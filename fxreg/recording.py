@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from . import calls
+from .enclosed import dictionary_of, slots
 from .errors import CaptureError
 from .executing import inside_handler, unheard, watched
 from .interception import intercepted
@@ -164,15 +165,14 @@ class Recorder:
 
     def note_made(self, value: Any, is_new: bool = False) -> None:
         """An object was copied, or its `__init__` is about to run: it is the forward's own, if it has nothing yet."""
-        if is_new or not getattr(value, "__dict__", True):
+        if is_new or (type(value).__dictoffset__ and not dictionary_of(value)):
             self._own[id(value)] = value
 
     def watches_over(self, value: Any) -> bool:
         """Whether an attribute of an object may be written: the forward made it, or what is written is seen."""
         if isinstance(value, nn.Module | Tensor) or id(value) in self._own:
             return True
-        has_slots = any(getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
-        return not isinstance(value, type) and not has_slots and self._is_kept(value)
+        return not isinstance(value, type) and not slots(type(value)) and self._is_kept(value)
 
     def is_as_it_was(self, module: nn.Module, name: str, value: Any) -> bool:
         """Whether an attribute is set to itself: `self.table = self.table.to(x.device)`, where it is there already."""
@@ -380,7 +380,7 @@ class Recorder:
             return Snapshot(self._paths, also=self._also), rng_state()[1:]
 
     def _is_kept(self, value: Any) -> bool:
-        return isinstance(getattr(value, "__dict__", None), dict) and self.state.holds(vars(value))
+        return self.state.holds(dictionary_of(value))
 
     def _change(self) -> str | None:
         """What running the forwards has changed beside tensors, if anything."""

@@ -35,6 +35,8 @@ _OPCODES = {
     "IS_OP": "compares identities",
 }
 _ASKS = {
+    "import_module": "imports a module by its name",
+    "__import__": "imports a module by its name",
     "print": "prints",
     "type": "asks for a type",
     "id": "asks for an identity",
@@ -167,7 +169,7 @@ def objects_named(functions: Iterable[types.FunctionType]) -> dict[int, Any]:
 
 
 def _has_attributes(value: object) -> bool:
-    return hasattr(value, "__dict__") or bool(slots(type(value)))
+    return bool(type(value).__dictoffset__ or slots(type(value)))
 
 
 def functions_of(module: nn.Module) -> tuple[types.FunctionType, ...]:
@@ -263,10 +265,14 @@ def code_asks_for_none(code: types.CodeType) -> bool:
     before = None
     for instruction in dis.get_instructions(code):
         name = instruction.opname  # `if x is None` is a jump of its own
-        if name.endswith("_NONE") or (name == "IS_OP" and before is not None and before.argval is None):
+        if name.endswith("_NONE") or (name == "IS_OP" and before is not None and _is_none(before)):
             return True
         before = instruction
     return False
+
+
+def _is_none(instruction: dis.Instruction) -> bool:
+    return instruction.opname == "LOAD_CONST" and instruction.argval is None
 
 
 @once_per_function
@@ -324,7 +330,7 @@ def _code_reason(code: types.CodeType, space: dict[str, Any]) -> str | None:
             return _ASKS["__class__"]
         if name == "STORE_DEREF" and argument in code.co_freevars:
             return f"writes the variable {argument!r} of an enclosing function"
-        if name not in _OPCODES or (name == "IS_OP" and instructions[position - 1].argval is None):
+        if name not in _OPCODES or (name == "IS_OP" and _is_none(instructions[position - 1])):
             continue
         match name:
             case "IS_OP":

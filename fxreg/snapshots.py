@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .enclosed import enclosed, entries, slots, slotted
+from .enclosed import dictionary_of, enclosed, entries, slots, slotted
 from .scanning import functions_of, global_objects, iterator_named, mentioned_names
 
 _INERT = (
@@ -200,14 +200,12 @@ def _inside(value: Any) -> Iterator[Any]:
             yield from enclosed(value)
         case _:
             yield from slotted(value).values()
-    if not isinstance(value, types.FunctionType | types.MethodType) and isinstance(
-        getattr(value, "__dict__", None), dict
-    ):
-        yield vars(value)
+    if type(value).__dictoffset__ and not isinstance(value, types.FunctionType | types.MethodType):
+        yield dictionary_of(value)
 
 
 def _same(now: Any, before: Any) -> bool:
-    if isinstance(before, dict) and not hasattr(now, "bit_generator"):
+    if isinstance(before, dict) and not hasattr(type(now), "bit_generator"):
         kept = now if type(now) is dict else entries(now) if isinstance(now, dict) else slotted(now)
         return len(kept) == len(before) and _are(kept, before) and _are(kept.values(), before.values())
     if isinstance(now, _CONTAINERS):
@@ -242,9 +240,9 @@ def _put_back(now: Any, before: Any) -> None:
         case Tensor():
             with torch.no_grad():
                 now.copy_(before)
-        case _ if hasattr(now, "bit_generator"):
+        case _ if hasattr(type(now), "bit_generator"):
             now.bit_generator.state = before
-        case _ if hasattr(now, "set_state"):
+        case _ if hasattr(type(now), "set_state"):
             now.set_state(before)
         case _ if isinstance(before, dict):
             for name in slotted(now).keys() - before.keys():

@@ -73,7 +73,9 @@ def remember(
     values: dict[str, dict[str, Any]] = {path: {} for path in ("", *modules)}
     codes = [*codes]
     mentioned = sorted({"forward"}.union(*(names_in_code(code).attributes for code, _ in codes)))
-    methods = _methods(map(type, modules.values()), mentioned)
+    functions = _functions(map(type, modules.values()), mentioned)
+    methods = {kind: tuple((name, frozen(one)) for name, one in own.items()) for kind, own in functions.items()}
+    kept = [value for _, value in reads] + [one for own in functions.values() for one in own.values()]
     for (_, path, name), value in reads:
         values.setdefault(path, {})[name] = value
     for path, module in root.named_modules():
@@ -99,7 +101,7 @@ def remember(
             _hooks(modules[path]) if path in modules else (),
             _children(modules[path]) if path in modules else (),
             _not_hidden(methods[type(modules[path])], modules[path]) if path in modules else (),
-            () if path else read_outside(codes, [*{id(one): one for _, one in reads}.values()], _asked),
+            () if path else read_outside(codes, [*{id(one): one for one in kept}.values()], _asked),
             tuple(lists.get(path, {}).items()),
             () if path or not _asks_for_kinds(code for code, _ in codes) else _kinds(root),
         )
@@ -139,8 +141,8 @@ def _asked(code: types.CodeType, names: Collection[str]) -> Collection[str]:
 
 def _as_it_is(value: Any, objects: dict[int, tuple[Any, int]]) -> tuple[Any, int | None]:
     """A value frozen, and its number among some objects, if it is one that two attributes may have in common."""
-    own = getattr(value, "__dict__", None)
-    if not isinstance(value, list | dict | set | deque) and (type(own) is not dict or isinstance(value, _COMPARED)):
+    has_more = type(value).__dictoffset__ and not isinstance(value, (type, *_COMPARED))
+    if not isinstance(value, list | dict | set | deque) and not has_more:
         return frozen(value), None
     if id(value) not in objects:
         objects[id(value)] = frozen(value), len(objects)
@@ -296,12 +298,12 @@ def _kept(module: nn.Module, name: str) -> Any:
     return getattr(found, attribute, ...) if attribute else found
 
 
-def _methods(kinds: Iterable[type], mentioned: Iterable[str]) -> dict[type, tuple[tuple[str, Any], ...]]:
+def _functions(kinds: Iterable[type], mentioned: Iterable[str]) -> dict[type, dict[str, types.FunctionType]]:
     """Those functions of each class that have one of these names, outside well-known libraries."""
-    found: dict[type, tuple[tuple[str, Any], ...]] = {}
+    found: dict[type, dict[str, types.FunctionType]] = {}
     for kind in dict.fromkeys(kinds):
         own = ((name, _method(kind, name)) for name in mentioned)
-        found[kind] = tuple((n, frozen(one)) for n, one in own if one is not None and not is_library(one.__module__))
+        found[kind] = {name: one for name, one in own if one is not None and not is_library(one.__module__)}
     return found
 
 

@@ -123,7 +123,7 @@ def loss_in(output: Any) -> Any:
 
 def replace_field(value: Any, field: str, new: Any) -> Any:
     """A copy of a mapping, named tuple or dataclass with one field replaced."""
-    if hasattr(value, "_replace"):
+    if hasattr(type(value), "_replace"):
         return value._replace(**{field: new})
     if type(value) in (dict, immutable_dict):  # fx interpreters pass a graph's literal dicts as immutable ones
         return {**value, field: new}
@@ -152,7 +152,11 @@ def recipe(value: Any, leaves: tuple[type, ...], take: Callable[[Any], int], is_
         kind = type(value)
         if isinstance(value, leaves):
             return ("part", take(value))
-        if isinstance(value, (*_INERT, type, types.FunctionType, types.BuiltinFunctionType)) or is_kept(value):
+        if kind is torch.Size:
+            return ("size", tuple(map(of, value)))
+        if kind is slice:
+            return ("slice", tuple(map(of, (value.start, value.stop, value.step))))
+        if isinstance(value, (*_INERT, type, types.BuiltinFunctionType)) or _is_bare(value) or is_kept(value):
             return ("same", value)
         if id(value) in seen and kind is not tuple:
             raise CaptureError(f"a {kind.__name__} is there twice")
@@ -168,6 +172,21 @@ def recipe(value: Any, leaves: tuple[type, ...], take: Callable[[Any], int], is_
     return of(value)
 
 
+_MADE: dict[str, Callable[[list[Any]], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "size": torch.Size,
+    "slice": lambda parts: slice(*parts),
+}
+
+
+def _is_bare(value: Any) -> bool:
+    """Whether a value is a function that carries nothing which may be of one call."""
+    if type(value) is not types.FunctionType:
+        return False
+    return not (value.__closure__ or value.__defaults__ or value.__kwdefaults__)
+
+
 def follow(recipe: Any, parts: Sequence[Any]) -> Any:
     """A structure made after a recipe."""
     kind, first, *rest = recipe
@@ -175,9 +194,8 @@ def follow(recipe: Any, parts: Sequence[Any]) -> Any:
         return parts[first]
     if kind == "same":
         return first
-    if kind in ("list", "tuple"):
-        made = [follow(one, parts) for one in first]
-        return made if kind == "list" else tuple(made)
+    if kind in _MADE:
+        return _MADE[kind]([follow(one, parts) for one in first])
     if kind == "dict":
         return {key: follow(one, parts) for key, one in zip(first, rest[0], strict=True)}
     result = object.__new__(first)

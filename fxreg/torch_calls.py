@@ -16,6 +16,9 @@ from torch.overrides import is_tensor_method_or_property
 from .packages import is_library
 from .shapes import LAYER, has_fixed_shape, torch_name
 
+GETATTR = getattr
+"""What a graph calls: while a forward is recorded, another function is called so."""
+
 SIZES = {"shape", "size", "numel", "nelement", "__len__"}
 RANKS = {"dim", "ndim", "ndimension"}
 KINDS = {
@@ -95,7 +98,7 @@ def as_node(function: Any, name: str, args: Any, kwargs: Any) -> tuple[str, Any,
     if function is bool:
         return "call_function", bool, args, {}
     if getattr(function, "__name__", "") == "__get__":
-        return "call_function", getattr, (args[0], name), {}
+        return "call_function", GETATTR, (args[0], name), {}
     if name == "__set__":
         return "call_method", "requires_grad_", args, {}
     if is_tensor_method_or_property(function):

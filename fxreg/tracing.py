@@ -9,6 +9,7 @@ nodes, and any tensor computed at trace time is a reason to give up.
 import enum
 import functools
 import math
+import sys
 import threading
 import types
 from collections.abc import Callable, Collection, Mapping
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .calls import passes
 from .executing import entering, unwatched
-from .expecting import Expectations
+from .expecting import Expectations, says_kinds_of_tensors
 from .interception import intercepted
 from .layers import ambient_state, described, is_layer, is_plain_layer, tensor_paths, whole_reason
 from .proxies import TracedValue, Untraceable, holds_proxy, proxies_in
@@ -111,7 +112,7 @@ class SoundTracer(fx.Tracer):
         self._asked_none = self._asked_none or says[1]
 
     def claimed_type(self, value: TracedValue) -> type:
-        if value.node.op != "placeholder":
+        if value.node.op != "placeholder" or says_kinds_of_tensors(sys._getframe(2)):
             self.give_up("asks isinstance of a value whose type is not known before it runs")
         self.expectations.asked_type.add(value.node)
         return Tensor

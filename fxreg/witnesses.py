@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .enclosed import bound_to, entries, slots
+from .enclosed import bound_to, dictionary_of, entries, slots
 from .freezing import NAMED, SCALARS, frozen
 from .structure import alike
 
@@ -80,7 +80,7 @@ def _parts(value: Any) -> list[tuple[Any, ...]] | None:
         if isinstance(one, _LEAVES):
             waiting.append(bound_to(one))
             continue
-        own = getattr(one, "__dict__", None)
+        own = dictionary_of(one) if kind.__dictoffset__ else None
         match one:
             case dict() if not isinstance(one, defaultdict):
                 inside: Any = entries(one)

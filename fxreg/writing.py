@@ -13,7 +13,7 @@ from .errors import CaptureError
 from .shapes import RANK, has_fixed_rank, source
 from .sizes import SYMBOLIC, SizeNode, symbolic, veiled
 from .structure import PLAIN, fields_of, is_record, recipe, replace_field
-from .torch_calls import cone, follows_from_sizes, is_known_at_once, may_write, written
+from .torch_calls import GETATTR, cone, follows_from_sizes, is_known_at_once, may_write, written
 
 _DTYPES = {int: torch.int64, float: torch.float64, bool: torch.bool}
 _OUTSIDE = "a tensor made at trace time or kept outside the module"
@@ -36,10 +36,10 @@ class Origin:
         return Origin(self.node, (*self.steps, (operator.getitem, key)))
 
     def attribute(self, name: str) -> "Origin":
-        return Origin(self.node, (*self.steps, (getattr, name)))
+        return Origin(self.node, (*self.steps, (GETATTR, name)))
 
     def __str__(self) -> str:
-        return self.node.name + "".join(f"[{key!r}]" if how is not getattr else f".{key}" for how, key in self.steps)
+        return self.node.name + "".join(f"[{key!r}]" if how is not GETATTR else f".{key}" for how, key in self.steps)
 
 
 class Writer:

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -2640,3 +2641,50 @@ class ByDict(Net):
 class ByMade(Net):
     def forward(self, x: Tensor) -> Any:
         return self.fc(settings.Doubling()(x)) * self.w
+
+
+class Labels(torch.Tensor):
+    """A kind of tensor."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Labels":
+        return self.as_subclass(Tensor).detach().clone().as_subclass(Labels)
+
+
+def _of_kinds() -> list[Call]:
+    x = torch.randn(4, 3)
+    return [(x,), (x.clone().as_subclass(Labels),), (x,)]
+
+
+@case("whether an argument is of some kind of tensor", inputs=_of_kinds, nests=False)
+class AskingForKind(Net):
+    def forward(self, x: Tensor) -> Any:
+        plain = x.as_subclass(Tensor)
+        return self.fc(plain) * (2.0 if isinstance(x, Labels) else self.w)
+
+
+def _tagged() -> list[Call]:
+    x, tagged = torch.randn(4, 3), torch.randn(4, 3)
+    tagged.gain = 3.0  # type: ignore[attr-defined]
+    return [(x,), (tagged,), (x,)]
+
+
+@case("an attribute of an argument, which the first has not", inputs=_tagged, nests=False)
+class AskingForTag(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x) * getattr(x, "gain", self.w)
+
+
+@case("whether a parameter is the one in a list", hides="it is in a list, too")
+class InList(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = [self.w]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x) * (self.w if self.w is self.tied[0] else 2.0)
+
+
+@case("a module that is imported by its name")
+class ByName(Net):
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(importlib.import_module("tests.settings").doubled(x)) * self.w

@@ -905,3 +905,28 @@ class Logged(Net):
     def run(self, x: Tensor) -> Any:
         LOGGER.debug("not shown")
         return self.fc(x)
+
+
+class WithSizes:
+    """What a model returns beside a tensor: sizes, in an object."""
+
+    def __init__(self, y: Tensor, sizes: Any) -> None:
+        self.y, self.sizes = y, sizes
+
+
+@case("sizes in an object that it returns")
+class SizesInObject(Net):
+    def run(self, x: Tensor) -> Any:
+        return WithSizes(self.fc(x), {"all": x.shape, "some": [x.shape[:1], (slice(0, x.shape[0]), x.shape[0])]})
+
+
+@case("a distribution that it returns")
+class Drawable(Net):
+    def run(self, x: Tensor) -> Any:
+        return torch.distributions.Normal(self.fc(x), self.fc(x).exp())
+
+
+@case("an attribute that tensors may have", is_recorded=False)
+class AskedTag(Net):
+    def run(self, x: Tensor) -> Any:
+        return self.fc(x) * getattr(x, "gain", 2.0)

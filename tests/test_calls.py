@@ -210,3 +210,109 @@ def test_without_gradients_a_layer_has_its_own_parameters(around: Any, backend: 
         model.adapter.requires_grad_(trained)
         with around():
             torch.testing.assert_close(called(x), model(x), rtol=0, atol=0)
+
+
+class Marked(nn.Parameter):
+    """A parameter of a class of the user's, with a method."""
+
+    def twice(self) -> Tensor:
+        return self * 2
+
+
+class Odd(nn.Module):
+    """Runs as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.gain = Marked(torch.ones(3))
+        self.linear.weight.seen = 0  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.run(x)
+        return y if torch.as_tensor(x).sum() > -1e9 else x
+
+    def run(self, x: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class ByClass(Odd):
+    def run(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (self.gain.twice() if isinstance(self.gain, Marked) else 3.0)
+
+
+class ByCount(Odd):
+    def run(self, x: Tensor) -> Tensor:
+        self.linear.weight.seen += 1  # type: ignore[attr-defined]
+        return self.linear(x) / self.linear.weight.seen  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("make", [ByClass, ByCount])
+def test_stand_ins_are_of_the_class_of_the_parameters_and_share_their_attributes(make: Any) -> None:
+    model, x = make(), torch.randn(2, 3)
+    twin = make()
+    twin.load_state_dict(model.state_dict())
+    gm: Any = fxreg.transform(model, fxreg.Rule(fxreg.scale(0.5)))
+    assert fxreg.explain(gm).opaque
+    for _ in range(3):
+        found, expected = gm(x), twin(x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert model.linear.weight.seen == twin.linear.weight.seen
+        found.sum().backward()
+        expected.sum().backward()
+    torch.testing.assert_close(model.gain.grad, twin.gain.grad * 0.5 if twin.gain.grad is not None else None)
+    torch.testing.assert_close(model.linear.weight.grad, twin.linear.weight.grad * 0.5)
+
+
+class Later:
+    """What a forward returns to be asked later."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model, self.x = model, x
+
+    def value(self) -> Any:
+        return self.model.linear(self.x)  # type: ignore[operator]
+
+
+class ReturnsLater(Odd):
+    def forward(self, x: Tensor) -> Any:
+        return self.linear(x), Later(self, x)
+
+
+class ReturnsFunction(Odd):
+    def forward(self, x: Tensor) -> Any:
+        return self.linear(x), lambda: self.linear(x)
+
+
+@pytest.mark.parametrize("make", [ReturnsLater, ReturnsFunction])
+def test_what_leads_to_a_module_is_not_returned_where_gradients_are_transformed(make: Any) -> None:
+    gm: Any = fxreg.transform(make(), fxreg.Rule(fxreg.scale(0.5)))
+    with pytest.raises(fxreg.CaptureError, match="leads to a module that may"):
+        gm(torch.ones(2, 3))
+    assert gm.eval() is gm
+    with torch.no_grad():
+        gm(torch.ones(2, 3))
+
+
+class ByIdentity(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bits = {id(self.linear.weight): 2}
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.bits.get(id(self.linear.weight), 8)
+
+
+class ByKey(Odd):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bits = {self.linear.weight: 2}
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.bits.get(self.linear.weight, 8)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("make", [ByIdentity, ByKey])
+def test_where_it_is_asked_which_parameter_one_is_nothing_stands_in(make: Any) -> None:
+    with pytest.raises(fxreg.CaptureError):
+        fxreg.transform(make(), fxreg.Rule(fxreg.scale(0.5)))

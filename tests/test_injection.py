@@ -1327,3 +1327,26 @@ def test_where_an_output_gets_no_gradient_parameters_behind_it_get_none() -> Non
     _First.apply(*gm(torch.ones(2, 3))).sum().backward()
     assert model.one.weight.grad is not None
     assert model.other.weight.grad is None  # zeros would let an optimizer decay it
+
+
+class Marking(nn.Module):
+    """Gives its output an attribute, and lets it keep its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        y.retain_grad()  # type: ignore[no-untyped-call]
+        y.gain = 3.0  # type: ignore[attr-defined]
+        return y
+
+
+@pytest.mark.parametrize("examples", [None, (torch.ones(2, 3),)])
+def test_an_output_has_what_the_model_gave_it(examples: Any) -> None:
+    gm: Any = fxreg.transform(Marking(), fxreg.Rule(fxreg.l1(0.1)), example_inputs=examples)
+    output = gm(torch.ones(2, 3))
+    output.sum().backward()
+    assert output.gain == 3.0
+    torch.testing.assert_close(output.grad, torch.ones(2, 3), rtol=0, atol=0)

@@ -496,6 +496,77 @@ def test_another_class_counts_where_code_asks_for_it(make: type[OfKind], example
         called(ROW)
 
 
+class ByKeys(dict[str, Any]):
+    """Has its items as attributes, and raises what a dict raises."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Passing:
+    """Asks another object for its attributes, and raises what a dict raises."""
+
+    def __init__(self, **given: Any) -> None:
+        vars(self)["given"] = given
+
+    def __getattr__(self, name: str) -> Any:
+        return vars(self)["given"][name]
+
+
+class InSlots(Passing):
+    """The same without a dictionary of its own."""
+
+    __slots__ = ("kept",)
+
+    def __init__(self, **given: Any) -> None:
+        object.__setattr__(self, "kept", given)
+
+    def __getattr__(self, name: str) -> Any:
+        return object.__getattribute__(self, "kept")[name]
+
+
+class Configured(Layer):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.config.gain
+
+
+ODD: Any = None
+
+
+class OfOddGlobal(Configured):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * ODD.gain
+
+
+class OpaqueConfigured(Configured):
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        return y * self.config.gain if y.sum() > -1e9 else y
+
+
+@pytest.mark.parametrize("examples", [None, (ROW,)])
+@pytest.mark.parametrize("rule", [L1, fxreg.Rule(fxreg.scale(0.5))])
+@pytest.mark.parametrize("kind", [ByKeys, Passing, InSlots])
+@pytest.mark.parametrize("make", [Configured, OfOddGlobal, OpaqueConfigured])
+def test_what_raises_otherwise_where_it_has_no_attribute_may_be_kept(
+    make: Any, kind: Any, rule: Any, examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = kind(gain=2.0)
+    monkeypatch.setitem(globals(), "ODD", config)
+    model = make(config)
+    gm = fxreg.transform(model, rule, example_inputs=examples)
+    torch.testing.assert_close(gm(ROW), model(ROW), rtol=0, atol=0)
+    (config if kind is ByKeys else config.given if kind is Passing else config.kept)["gain"] = 3.0
+    try:
+        found = gm(ROW)
+    except fxreg.CaptureError:
+        return
+    torch.testing.assert_close(found, model(ROW), rtol=0, atol=0)
+
+
 class Tagged(Layer):
     def __init__(self) -> None:
         super().__init__()

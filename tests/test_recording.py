@@ -42,6 +42,7 @@ from .recorded import (
     Parts,
     Records,
     ValueBranch,
+    WithSizes,
 )
 
 pytestmark = [
@@ -586,3 +587,39 @@ def test_keyword_arguments_of_any_number_are_recorded_in_their_order(is_pickled:
     called: Any = torch.compile(gm, backend="eager") if is_compiled else gm
     for terms in ({"u": u, "v": v}, {"v": v, "u": u}, {"u": u}, {}, {"u": u, "v": v, "w": u}, {"u": u, "w": v}):
         torch.testing.assert_close(called(x, **terms), model(x, **terms), rtol=0, atol=0)
+
+
+class Promising(nn.Module):
+    """Returns functions that it makes, with what is of the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        n = x.shape[0]
+        return WithSizes(self.linear(x), {"closed": lambda: n, "default": lambda n=n: n})
+
+
+def test_a_function_that_the_forward_makes_is_of_the_call() -> None:
+    gm: Any = fxreg.transform(Promising(), fxreg.Rule(fxreg.l1(0.1)), example_inputs=(torch.ones(4, 3),))
+    assert [late() for late in gm(torch.randn(2, 3)).sizes.values()] == [2, 2]
+
+
+class OfKind(nn.Module):
+    """Asks for a kind of tensors that torch has for its own reasons, and that crashes if it is asked of a proxy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (2.0 if isinstance(x, torch.FloatTensor) else 3.0)
+
+
+@pytest.mark.parametrize("examples", [None, (torch.ones(4, 3),)])
+def test_old_kinds_of_tensors_are_asked_for_when_it_runs(examples: Any) -> None:
+    model = OfKind()
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.1)), example_inputs=examples)
+    for x in (torch.randn(4, 3), torch.randn(2, 3)):
+        torch.testing.assert_close(gm(x), model(x), rtol=0, atol=0)
