@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import types
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree  # private by name only: what torch.export and torch.func document
 
-from .enclosed import defaults, enclosed, slotted
+from .enclosed import defaults, enclosed, entries, slotted
 from .errors import CaptureError
 from .kinds import qualified
 
@@ -59,12 +60,14 @@ class _Mapping:
             return self._record(value)
         if _holds_none_of((Tensor,), value):
             return value
+        if not torch.compiler.is_compiling() and (base := _container_below(type(value))) is not None:
+            return self._container(value, base)  # Dynamo makes none of these
         if _is_plain_object(value):
             result = self.done[id(value)] = copy.copy(value)
             vars(result).update({name: self.of(old) for name, old in vars(value).items()})
             return result
         raise CaptureError(
-            f"the model's output holds a {qualified(type(value))} with tensors inside, and "
+            f"what the model is given, or returns, holds a {qualified(type(value))} with tensors inside, and "
             "fxreg cannot tell how to rebuild it. Register it with torch.utils._pytree.register_pytree_node, or use "
             "emit='output' or emit='loss'."
         )
@@ -79,6 +82,30 @@ class _Mapping:
             elif new is not old:
                 object.__setattr__(result, name, new)
         return result
+
+    def _container(self, value: Any, base: Any) -> Any:
+        """A dict or list of the user's class: what is in it, whatever the class makes of that, and its attributes."""
+        result = self.done[id(value)] = base.__new__(type(value))
+        if base is list:
+            list.extend(result, [self.of(one) for one in list.__iter__(value)])
+        else:
+            for key, one in entries(value).items():
+                base.__setitem__(result, key, self.of(one))
+        if vars(value) is value:  # its items are its attributes
+            object.__setattr__(result, "__dict__", result)
+        else:
+            vars(result).update({name: self.of(one) for name, one in vars(value).items()})
+        return result
+
+
+def _container_below(kind: type) -> type | None:
+    """What a class of the user's is a subclass of, if nothing but a container, with attributes."""
+    base = next((one for one in (OrderedDict, dict, list) if issubclass(kind, one)), None)
+    if base is None or not kind.__dictoffset__ or issubclass(kind, defaultdict):
+        return None
+    above: tuple[type, ...] = kind.__mro__[: kind.__mro__.index(base)]
+    copies = any("__reduce_ex__" in vars(one) or "__copy__" in vars(one) for one in above)
+    return None if copies or any(vars(one).get("__slots__") for one in above) else base
 
 
 def _is_plain_object(value: Any) -> bool:

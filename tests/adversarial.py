@@ -1907,7 +1907,7 @@ class OrderedOutput(Net):
         return collections.OrderedDict(out=F.dropout(self.fc(x), 0.5, self.training) * self.w, n=3)
 
 
-@case("a subclass of list as the output, inside a tuple", refusal="nothing says how to rebuild it", nests=False)
+@case("a subclass of list as the output, inside a tuple", nests=False)
 class RowsOutput(Net):
     def forward(self, x: Tensor) -> Any:
         return 1, Rows([F.dropout(self.fc(x), 0.5, self.training) * self.w])
