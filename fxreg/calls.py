@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree  # private by name only: what torch.ex
 from .enclosed import inside
 from .errors import CaptureError, FxregError
 from .operators import attach as _attach_operator
-from .stand_ins import call_swapped, without_reentrant_checkpoints
+from .stand_ins import call_swapped, dressed, refuse_plain_stand_ins, without_reentrant_checkpoints
 from .structure import PLAIN, follow, likeness, loss_in, map_tensors, replace_field, tensors
 
 
@@ -44,8 +44,8 @@ def call_model(
 
 
 def call_with(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a module with some of its parameters replaced, ties included; where nothing has a gradient, with its own, as
-    a stand-in says there that it has none, which a forward may ask for."""
+    """Call a module with some of its parameters replaced, ties included; without gradients, with its own: a stand-in
+    would say that it has none."""
     if not substitutes or not torch.is_grad_enabled():
         return module(*args, **kwargs)
     versions = _versions(substitutes)
@@ -98,8 +98,9 @@ def _call_any(module: nn.Module, substitutes: dict[str, Tensor], args: tuple[Any
             f"{next(iter(substitutes))!r}: it would use its own parameters, untransformed. Shard the emitted module as "
             "a whole, or use via='penalty'."
         )
-    with _unflattened(module), _dressed(module, substitutes) as dressed, without_reentrant_checkpoints():
-        return call_swapped(module, dressed, args, kwargs)
+    refuse_plain_stand_ins(module, substitutes)
+    with _unflattened(module), dressed(module, substitutes) as alike, without_reentrant_checkpoints():
+        return call_swapped(module, alike, args, kwargs)
 
 
 @contextmanager
@@ -132,31 +133,6 @@ def _versions(substitutes: dict[str, Tensor]) -> list[tuple[int, int]]:
     if torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return []
     return [(one._version, one.data_ptr() if type(one) is Tensor else 0) for one in substitutes.values()]
-
-
-@contextmanager
-def _dressed(module: nn.Module, substitutes: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Stand-ins that look like the parameters: of their class, with the attributes that somebody gave these, and their
-    gradients. What attributes the call gives them the parameters have afterwards."""
-    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
-        yield substitutes
-        return
-    dressed, owners = dict(substitutes), dict[str, nn.Parameter]()
-    for name, substitute in substitutes.items():
-        path, _, key = name.rpartition(".")
-        parameter = module.get_submodule(path)._parameters[key]
-        if parameter is not None and parameter.is_leaf:
-            if type(parameter) not in (nn.Parameter, Tensor):
-                dressed[name] = substitute.as_subclass(type(parameter))
-            owners[name] = parameter
-            vars(dressed[name]).update(vars(parameter))
-            dressed[name].grad = parameter.grad
-    try:
-        yield dressed
-    finally:
-        for name, parameter in owners.items():
-            vars(parameter).update(vars(dressed[name]))
-            dressed[name].grad = None
 
 
 def take_inputs(state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active  # private: no public way to ask
 
 from .defining import not_traced
 from .errors import CaptureError
@@ -66,6 +67,58 @@ def _take(places: list[dict[str, Any]], what: str) -> list[int]:
             )
         mine += [] if already else [place]
     return mine
+
+
+@contextmanager
+def dressed(module: nn.Module, substitutes: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Stand-ins that look like the parameters: of their class, with the attributes that somebody gave these, and their
+    gradients. What attributes the call gives them the parameters have afterwards."""
+    if _are_plain():
+        yield substitutes
+        return
+    alike, owners = dict(substitutes), dict[str, nn.Parameter]()
+    for name, substitute in substitutes.items():
+        parameter = _parameter(module, name)
+        if parameter is not None and parameter.is_leaf:
+            if _is_of_own_class(parameter):
+                alike[name] = substitute.as_subclass(type(parameter))
+            owners[name] = parameter
+            vars(alike[name]).update(vars(parameter))
+            alike[name].grad = parameter.grad
+    try:
+        yield alike
+    finally:
+        for name, parameter in owners.items():
+            vars(parameter).update(vars(alike[name]))
+            alike[name].grad = None
+
+
+@not_traced
+def refuse_plain_stand_ins(module: nn.Module, substitutes: dict[str, Tensor]) -> None:
+    """Raise where stand-ins would look otherwise than the parameters. Dynamo runs the caller as it is then."""
+    for name in substitutes if _are_plain() else ():
+        parameter = _parameter(module, name)
+        if parameter is not None and _is_of_own_class(parameter):
+            raise CaptureError(
+                f"a rule transforms the gradient of {name!r}, a {type(parameter).__name__}: inside torch.func, and in "
+                f"one graph with fullgraph=True, a {type(module).__name__} that runs as it is would meet plain tensors "
+                "in its place. Leave it out with exclude=, or use via='penalty'."
+            )
+
+
+@not_traced  # by itself, called from what Dynamo runs as it is, it would say that it is compiled
+def _are_plain() -> bool:
+    """Whether stand-ins cannot be made to look like parameters."""
+    return torch.compiler.is_compiling() or _are_functorch_transforms_active()
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path)._parameters[key]
+
+
+def _is_of_own_class(parameter: Tensor) -> bool:
+    return type(parameter) is not nn.Parameter and issubclass(type(parameter), nn.Parameter)
 
 
 @contextmanager

@@ -264,6 +264,27 @@ def test_stand_ins_are_of_the_class_of_the_parameters_and_share_their_attributes
     torch.testing.assert_close(model.linear.weight.grad, twin.linear.weight.grad * 0.5)
 
 
+class InGraph(Odd):
+    """Dynamo takes all of it."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.linear(x) * (self.gain * 2 if isinstance(self.gain, Marked) else self.gain)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo looks
+def test_dynamo_runs_what_has_parameters_of_a_class_as_it_is() -> None:
+    torch.compiler.reset()
+    model, x = InGraph(), torch.randn(2, 3)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.scale(0.5)))
+    assert fxreg.explain(gm).opaque
+    torch.testing.assert_close(torch.compile(gm, backend="aot_eager")(x), model(x), rtol=0, atol=0)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(gm, backend="aot_eager", fullgraph=True)(x)
+    with pytest.raises(fxreg.CaptureError, match=r"inside torch\.func"):
+        torch.func.grad(lambda x: gm(x).sum())(x)
+
+
 class Later:
     """What a forward returns to be asked later."""
 
