@@ -155,14 +155,19 @@ class _Apart(threading.local):
 
     Attributes:
         zero: a tensor of one element that stands for the penalties in the loss; its gradient is how often they count.
+        met: how often penalties came by.
     """
 
     def __init__(self) -> None:  # once in each thread
         self.zero: Tensor | None = None
+        self.met = 0
 
     def value(self, penalty: Tensor) -> Tensor:
         """The penalty as the loss is to see it."""
-        return penalty if self.zero is None else penalty.detach() + self.zero.reshape(()).to(penalty)
+        if self.zero is None:
+            return penalty
+        self.met += 1
+        return penalty.detach() + self.zero.reshape(()).to(penalty)
 
 
 apart = _Apart()
@@ -173,7 +178,10 @@ def attach(output: Any, penalties: list[Tensor], scale: Tensor, given: Sequence[
 
     `given` is what the model was called with, as far as the output may be part of it.
     """
-    if apart.zero is not None or not torch.is_grad_enabled() or not any(map(_is_followed, penalties)):
+    if apart.zero is not None:
+        apart.met += 1
+        return output
+    if not torch.is_grad_enabled() or not any(map(_is_followed, penalties)):
         return output
     live: list[Tensor] = []  # compared one by one: Dynamo either refuses an id or compiles anew for each
     for tensor in tensors(output):

@@ -17,6 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor  # private: wha
 from torch.autograd.function import _SingleLevelFunction
 
 from .defining import define
+from .errors import FxregError
 from .fingerprints import Fingerprint
 
 Formula = Callable[[Tensor, Tensor, tuple[Tensor, ...], dict[str, Any]], Tensor]
@@ -277,10 +278,21 @@ def _now(tensor: Tensor) -> Tensor:
 def advance(stream: Tensor) -> None:
     """Count one more forward call in a random stream `[key, step]`, outside any functorch transform."""
     if torch.is_grad_enabled():
+        if _recomputes():
+            raise FxregError(
+                "a rule draws random numbers, and a checkpoint (use_reentrant=False) around the emitted module runs it "
+                "again in the backward pass, which would draw others. Use use_reentrant=True, or leave it out there."
+            )
         while is_functorch_wrapped_tensor(stream):
             stream = get_unwrapped(stream)
         with torch.no_grad(), temporarily_clear_interpreter_stack():
             stream.select(0, 1).add_(1)
+
+
+def _recomputes() -> bool:
+    """Whether a checkpoint without a graph of its own runs again what it ran before."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
 
 
 def _drawn(stream: Tensor) -> Tensor:

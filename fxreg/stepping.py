@@ -206,7 +206,7 @@ class TrainStep:
     def _zero(self) -> Tensor:
         device = state_of(self.gm).loss_scale.device
         if device not in self._zeros:
-            self._zeros[device] = torch.zeros(1, device=device, requires_grad=True)
+            self._zeros[device] = torch.zeros(1, dtype=scalar_dtype(device), device=device, requires_grad=True)
         return self._zeros[device]
 
 

@@ -119,8 +119,13 @@ class WholeStep:
     def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any], targets: tuple[Any, ...], zero: Tensor) -> Tensor:
         penalty = None
         try:
-            calls.apart.zero = None if self.terms is None else zero
+            calls.apart.zero, calls.apart.met = None if self.terms is None else zero, 0
             output = self.gm(*args, **kwargs)
+            if calls.apart.met > (1 if self.terms and self.emit != "output" else 0):
+                raise FxregError(
+                    "train_step: the model calls another module that fxreg.transform returned, whose penalties the "
+                    "step does not know. Put its rules into this one's, or use the ordinary loop."
+                )
             if self.emit == "output":
                 output, penalty = output
                 penalty = calls.apart.value(penalty)

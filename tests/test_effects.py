@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fxreg
 
@@ -904,3 +905,25 @@ def test_a_sparse_gradient_is_treated_as_the_dense_one_or_refused(effect: Any, v
         found.append(torch.zeros(5, 2) if grad is None else grad.to_dense())
     assert found, "the dense one is refused"
     torch.testing.assert_close(found[-1], found[0])
+
+
+def test_noise_is_not_drawn_again_where_a_checkpoint_runs_the_module_again() -> None:
+    x = torch.randn(6, 4)
+
+    def gradients(call: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        gm = fxreg.transform(model, fxreg.Rule(fxreg.add_noise(0.5, seed=3), param="weight"))
+        found = []
+        for _ in range(2):
+            model.zero_grad()
+            call(gm).sum().backward()
+            assert model.weight.grad is not None
+            found.append(model.weight.grad.clone())
+        return found
+
+    expected = gradients(lambda gm: gm(x))
+    found = gradients(lambda gm: checkpoint(gm, x.clone().requires_grad_(), use_reentrant=True))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with pytest.raises(fxreg.FxregError, match="draws random numbers"):
+        gradients(lambda gm: checkpoint(gm, x, use_reentrant=False))

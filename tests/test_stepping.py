@@ -613,3 +613,51 @@ def test_other_modules_are_refused() -> None:
     trial = Trial("tiny", [])
     with pytest.raises(fxreg.FxregError, match="holds none of the module's parameters"):
         fxreg.train_step(trial.gm, loss_of, SGD(tiny().parameters()))
+
+
+class Holding(nn.Module):
+    """Calls a module that is none of its children."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = [inner], nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.inner[0](x))
+
+
+@pytest.mark.parametrize("rules", [[], [fxreg.Rule(fxreg.l2(0.1))]], ids=["without rules", "with one"])
+@pytest.mark.parametrize("emit", ["backward", "output"])
+def test_another_emitted_module_with_penalties_is_refused(emit: Any, rules: list[fxreg.Rule]) -> None:
+    inner = fxreg.transform(nn.Linear(3, 3), fxreg.Rule(fxreg.l1(0.1)))
+    gm = fxreg.transform(Holding(inner), rules, emit=emit)
+    step = fxreg.train_step(gm, nn.functional.mse_loss, SGD(gm.parameters(), lr=0.1), backend="aot_eager")
+    with pytest.raises(fxreg.FxregError, match=r"another module that fxreg\.transform returned"):
+        step(torch.ones(2, 3), torch.ones(2, 3))
+
+
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("default", "dtype"), [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)], ids=str
+)
+def test_how_often_a_penalty_counts_is_not_rounded(default: torch.dtype, dtype: torch.dtype) -> None:
+    model, x = Squared().to(dtype), torch.randn(6, 4, dtype=dtype)
+    twin, before = copy.deepcopy(model), torch.get_default_dtype()
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(10.0)), emit="loss")
+    torch.set_default_dtype(default)
+    try:
+        fxreg.train_step(gm, lambda loss: loss / 3, SGD(model.parameters(), lr=0.1), backend="aot_eager")(x)
+    finally:
+        torch.set_default_dtype(before)
+    ((twin(x) + 10.0 * sum(p.abs().sum() for p in twin.parameters())) / 3).backward()
+    SGD(twin.parameters(), lr=0.1).step()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=4 * torch.finfo(dtype).eps)
