@@ -160,7 +160,7 @@ class _SideBySide:
         each trial has a forward pass of its own, and that decides.
         """
         known: dict[Any, Tensor] = {}
-        if len(trials) > 1 and not any(map(_is_compiled, (self.gm, self.model))):
+        if len(trials) > 1 and not any(map(_holds_compiled, (self.gm, self.model))):
             with contextlib.suppress(VerifyError):
                 return self._compare_once(trials, elsewhere, known)
         return next(iter([self._compare_once([trial], elsewhere, known) for trial in trials]), None)
@@ -239,15 +239,16 @@ def _observe(module: nn.Module, state: State, trials: Sequence[_Trial], args: An
             terms.append(penalty)
         gradients[trial] = dict.fromkeys(parameters)
         if (total := _total(terms)) is not None and parameters:
-            gradients[trial] = _gradients(total, parameters, _is_compiled(module))
+            gradients[trial] = _gradients(total, parameters, any(map(_holds_compiled, (module, state.model))))
     on_forward = _total([term.detach() for term in (*passing, *beside)])
     is_rough = any(map(_meets_16_bits, (*passing, *beside)))
     added, raw = (_gradients_of(_total(terms), parameters) for terms in (passing, beside))
     return _Run(map_tensors(Tensor.detach, output), penalty, buffers, gradients, on_forward, added, raw, is_rough)
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return uncompiled(module) is not module
+def _holds_compiled(module: nn.Module) -> bool:
+    """Whether a module, or one inside it, was compiled: then its graph bears one backward pass."""
+    return any(uncompiled(one) is not one for one in module.modules())
 
 
 def _meets_16_bits(penalty: Tensor) -> bool:

@@ -459,3 +459,13 @@ def test_an_emitted_module_that_raises_where_the_model_does_not_is_rejected() ->
         fxreg.verify(gm, model, (x,))
     with pytest.raises(RuntimeError, match="shapes"):
         fxreg.verify(gm, model, (x[:, 1:],))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_that_is_compiled_verifies(inside: bool) -> None:
+    model: nn.Module = torch.compile(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1)), backend="aot_eager")
+    model = nn.Sequential(model, nn.Linear(1, 1)) if inside else model
+    x = torch.randn(2, 3)
+    gm = fxreg.transform(model, fxreg.Rule(fxreg.l1(0.1)), example_inputs=(x,))
+    assert fxreg.explain(gm).verified
+    torch.testing.assert_close(gm(x), model(x), rtol=0, atol=0)
